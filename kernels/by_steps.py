@@ -36,11 +36,11 @@ Bind = Callable[[dict[str, Any]], Launch]
 The kernel ignores names for which it has no parameter.
 """
 
-LEAST_SAVED = 16 << 20  # bytes of weights; reading so many from L2 takes about as long as two launches
+LEAST_SAVED = 16 << 20  # bytes of weights, which take about as long to read from L2 as two launches
 
 
 class Part(NamedTuple):
-    """The part of a step that one launch computes, from `start` to `end`: "z", "c" or "m", to "c", "m" or "h".
+    """The part of a step that one launch computes. It starts from "z", "c" or "m", and ends with "c", "m" or "h".
 
     In backward, start and end are exchanged.
     """
@@ -156,9 +156,10 @@ def _backward(launches: Sequence[Launch], arguments: dict[str, Any], p: Problem)
 
 
 def by_head(weight_hh: Tensor, p: Problem) -> tuple[Callable[..., Any], Callable[..., Any], Tensor]:
-    """Return a product, a function that arranges its operand [B, *], and W_hh.
+    """Return a product function, a function that arranges an operand [B, *] for it, and W_hh, arranged for it.
 
-    With several heads the product is a batch of products, for which W_hh is copied.
+    With one head, nothing is rearranged. With several heads the product is a batch of products, for which W_hh is
+    copied.
     """
     if p.heads == 1:
         return torch.mm, lambda x: x, weight_hh

@@ -63,7 +63,7 @@ def machine(device: torch.device) -> Key:
 def sources(*names: str) -> str:
     """Return a digest of folders of this package, so that an edit voids results.
 
-    A wheel and a checkout have the same.
+    The digest is the same in a wheel and in a checkout.
     """
     digest = hashlib.sha256()
     # A checkout has two roots, and the kernels are in the second one.
@@ -162,7 +162,7 @@ def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
 
 
 def remove(kind: str, key: Key | None = None) -> int:
-    """Remove the user's own results of a kind, or the result of one key. Return how many.
+    """Remove the user's own results of a kind, or the result of one key. Return the number of removed files.
 
     Broken files are removed, too.
     """
@@ -194,7 +194,7 @@ def warn_once(text: str) -> None:
 
 
 def warn_of_nothing_kept(error: Exception, what: str = "nothing is kept") -> None:
-    """Warn that results are not kept, and why. No file is named, since its name would be another one each time."""
+    """Warn that results are not kept, and why. No file is named, since a new name each time would repeat it."""
     why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     warn_once(f"{what} for the next process in {folder()}: {why}; XDG_CACHE_HOME names another place")
 

@@ -17,8 +17,8 @@ REGISTERS = 65536  # the registers of a multiprocessor, all of which one block m
 # The bytes that a multiprocessor reads from L2 in a clock, when all multiprocessors read, and when it reads alone.
 L2_BYTES, L2_ALONE = 28.7, 64
 
-# KB of shared memory that a block may use, where it is not 99 (CUDA C++ Programming Guide, table of compute
-# capabilities). Architecture 0 is Triton's interpreter.
+# KB of shared memory that a block may use, by architecture (CUDA C++ Programming Guide, table of compute capabilities).
+# Other architectures have 99. Architecture 0 is Triton's interpreter.
 _SHARED = {0: 227, 60: 48, 70: 96, 75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 
 

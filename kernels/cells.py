@@ -11,7 +11,7 @@ class Cell(NamedTuple):
 
     name: str
     states: tuple[str, ...]  # the states that a user holds; inside the library they are always h, and c in float32
-    rows: int  # of each weight, in units of H
+    rows: int  # the rows of W_ih, W_hh and each bias, in multiples of H
     x_end: int  # x reaches the pre-activations before this one
     h_start: int  # h reaches this pre-activation and the following ones
     functions: tuple[int, int]  # how many sigmoids, tanhs, exps and logs a unit takes, forward and backward
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
 
     @property
     def has_constant(self) -> bool:
-        """Whether x does not reach the last pre-activation. Before the time loop it is a bias, which kernels add."""
+        """Whether x does not reach the last pre-activation. Kernels then add its bias in the time loop."""
         return self.x_end < 4
 
     def of_x(self, z: Tensor, hidden: int) -> Tensor:
@@ -62,7 +62,7 @@ LSTM = Cell("lstm", ("h", "c"), rows=4, x_end=4, h_start=0, functions=(5, 1), of
 # neighbours, and the rows that h reaches are neighbours, too.
 GRU = Cell("gru", ("h",), rows=3, x_end=3, h_start=1, functions=(3, 0), of_torch=True, normalises=False)
 # The gates are u, v, g, o. c is (q, l): q is the mean of all g, and l the logarithm of the sum of their weights. Each
-# of the two logs comes with an exp. Backward computes no such function, but 1 brings the estimate to the count of
+# of the two logs comes with an exp. Backward computes no such function. The 1 makes the estimate match the counted
 # instructions.
 SLSTM = Cell(
     "slstm", ("h", "c", "n", "m"), rows=4, x_end=4, h_start=0, functions=(8, 1), of_torch=False,

@@ -21,7 +21,7 @@ class Chosen(NamedTuple):
     family: str = ""  # of kernels
     tiles: str = ""  # how the programs share a layer, in words
     why: str = ""
-    each_step: int = 0  # the launches at every step; 0 if all steps are one launch
+    each_step: int = 0  # the kernels of ours that each step launches; 0 if all steps are one launch
 
 
 class NoKernel(RuntimeError):
@@ -31,11 +31,11 @@ class NoKernel(RuntimeError):
 Refuses = Callable[[Any], str | None]
 """refuses(plan) returns why a plan must not be used for a layer, pass and call, or None if it may."""
 Prepare = Callable[[Any], Callable[[], object]]
-"""prepare(plan) returns a function that runs a pass by a plan, and that is called as often as the pass is timed."""
+"""prepare(plan) returns a function that runs a pass by a plan. The function is called once for each timing."""
 Times = Callable[[list[Any]], tuple[dict[Any, float], dict[Any, RuntimeError]]]
 """times(plans) returns the seconds of a pass by each plan, and the errors of the plans that fail."""
 Timer = Callable[[torch.device, Prepare, list[Any]], tuple[dict[Any, float], dict[Any, RuntimeError]]]
-"""timer(device, prepare, plans) returns the same as `Times`, for any pass."""
+"""timer(device, prepare, plans) times the pass that `prepare` prepares. It returns the same as `Times`."""
 
 
 class Package(Protocol):
@@ -45,10 +45,11 @@ class Package(Protocol):
     DTYPES: tuple[torch.dtype, ...]  # the dtypes of the calls that it runs
     IN_FLOAT32: tuple[torch.dtype, ...]  # the dtypes among them whose calls it computes in float32, and rounds
     is_compiled: Callable[..., bool] | None
-    """is_compiled(pass_, for_any=False) tells whether the cache has the function that runs a pass of all problems.
+    """is_compiled(pass_, for_any=False) tells whether the cache has the compiled function that runs a pass.
 
-    It must fit this CPU and these versions or, with `for_any`, any of them, which is answered without an import. Its
-    compilation takes ten seconds. None says that each problem has kernels of its own."""
+    One function runs the pass of every problem, and its compilation takes ten seconds. It must have been compiled for
+    this CPU and the installed versions. With `for_any`, a function for any CPU and any versions counts, so the answer
+    needs no import. If `is_compiled` is None, each problem has kernels of its own."""
     PACKAGES: tuple[str, ...]  # the packages whose versions belong in a bug report
     NEEDS: str  # what to install, and how
 
@@ -89,7 +90,7 @@ class Launcher(Protocol):
         """
 
     def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Any:
-        """Return the Launches of a plan. On `trial`, programs wait only briefly for other programs."""
+        """Return the Launches of a plan. In a `trial`, programs wait only briefly for other programs."""
 
     def describe(self, problem: Problem, device: torch.device, pass_: Pass, plan: Any) -> Chosen:
         """Describe a plan for `Layer.chosen`. None stands for the plan that would be tried first."""
@@ -98,9 +99,10 @@ class Launcher(Protocol):
 class Launches(NamedTuple):
     """The plan of a pass, ready to be launched: the buffers that a Layer allocates, and the function that launches.
 
-    start(arguments) makes all launches. Its arguments have the names of pointers: the `buffers`, which the kernels
-    write, the tensors that the time loop reads, `error_ptr`, and the result of more(r, memory). result(memory) returns
-    h or dgates if these are not the buffers of their names.
+    start(arguments) makes all launches. `arguments` has the values of pointers by their names: the `buffers`, which the
+    kernels write, the tensors that the time loop reads, `error_ptr`, and the result of more(r, memory). In more and
+    result, `memory` has the allocated buffers by their names. result(memory) returns h or dgates. If `result` is None,
+    they are the buffers "h_ptr" and "dgates_ptr".
     """
 
     plan: Any

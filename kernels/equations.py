@@ -17,9 +17,9 @@ The four gates and pre-activations of a unit have a fixed order:
     GRU      r, z, n, s                    n, r, z, s
     sLSTM    u, v = sigmoid(-z_f), g, o    the same order
 
-A GRU's candidate has two pre-activations: z_n = W_in x + b_in, and s = W_hn h_prev + b_hn. So x reaches r, z and
-n, and h reaches r, z and s. The order n, r, z, s makes both neighbours: x reaches the first three, h the last three.
-The products W_hh h have this order too, with a zero in the place of n.
+In a GRU the candidate has two pre-activations: z_n = W_in x + b_in, and s = W_hn h_prev + b_hn. So x reaches r, z and
+n, and h reaches r, z and s. The order n, r, z, s makes neighbours of them: x reaches the first three, and h reaches the
+last three. The products W_hh h have this order too, with a zero in the place of n.
 
 A cell may keep more numbers of a unit than c. They are the tuple `rest`, which is (l,) for an sLSTM and empty for the
 other cells. A unit has c = 0 and l = -inf before its first step. The backward pass reads c before the step. It carries

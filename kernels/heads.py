@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def arranged(weight: Tensor, width: int) -> Tensor:
-    """Return W_hh [heads, D, GATES D] for many products with h of `width` features. One head is returned as it is."""
+    """Return W_hh as [heads, D, GATES D], once for many products with h. With one head, return W_hh as it is.
+
+    `width` is the number of features of h.
+    """
     if (head := weight.shape[1]) == width:
         return weight
     return weight.view(-1, width // head, head, head).permute(1, 3, 0, 2).flatten(2)
@@ -40,7 +43,7 @@ def gradient_of_weight(dz: Tensor, h: Tensor, heads: int) -> Tensor:
 
 
 def dense(weight: Tensor, width: int) -> Tensor:
-    """Return a W_hh of one head that computes the same: [GATES H, P], P = `width`, with zeros between heads."""
+    """Return W_hh as the matrix [GATES H, P] of a layer without heads, with zeros between the heads. P = `width`."""
     if (head := weight.shape[1]) == width:
         return weight
     heads = width // head

@@ -19,7 +19,7 @@ from .timeouts import raise_if_timed_out
 
 logger = logging.getLogger("gpu_lstm")
 
-MOST_LAYERS = 1024  # the layers that are kept; a program with more problems, say batch sizes, makes them again
+MOST_LAYERS = 1024  # the most layers that are kept; a program with more problems or batch sizes makes them again
 
 
 Verify = Callable[["Layer", Pass, Inputs, Any], str | None]
@@ -30,7 +30,7 @@ class Layer:
     """One problem on one device. Its plan is chosen once for each Pass, by the first call that needs it.
 
     Args:
-        verify: is called once for each plan that may be chosen, and never while a CUDA graph is captured.
+        verify: is called at most once for each plan that may be chosen, and never while a CUDA graph is captured.
         trial: a plan that is used without a choice and a verification.
         timer: returns a Timer, or None where plans must not be timed. It is called only where plans are verified.
 
@@ -66,7 +66,7 @@ class Layer:
         ```
 
         With `save`, the activated gates overwrite `gates`. With a projection, the gates of every sequence's first step
-        are overwritten in any case.
+        may be overwritten in any case.
 
         Raises:
             RuntimeError: an earlier launch timed out, or no kernel can run the problem.
@@ -104,9 +104,10 @@ class Layer:
         return gradients._replace(dh0=_initial_hidden_gradient(self.problem, gradients, dh_n, r) if of_h0 else None)
 
     def _run(self, pass_: Pass, run: Callable[..., Any], projected: Callable[..., Any], *given: Any) -> Any:
-        """Call run(prepared, *given), with `projected` around it if the projection is outside of the loop.
+        """Run a pass on the `given` tensors, of which the last is r, a Recurrence.
 
-        Launches whose programs wait for each other run in order. The last of `given` is r.
+        run(prepared, *given) makes the launches. If the projection is outside of the loop, projected(launch, problem,
+        *given) calls it as `launch`. Launches whose programs wait for each other run in order.
         """
         if self._index is not None and self._index != torch.cuda.current_device():  # where kernels are launched
             with torch.cuda.device(self.device):
@@ -128,7 +129,7 @@ class Layer:
     def _forward(
         self, prepared: Launches, gates: Tensor, r: Recurrence
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Do the same as `forward`, without a projection unless it is in the time loop."""
+        """Make the launches of `forward`. A projection outside of the time loop is not computed here."""
         memory = self._launch(prepared, gates, r, {})
         h = memory["h_ptr"] if prepared.result is None else prepared.result(memory)
         return h, memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
@@ -137,9 +138,9 @@ class Layer:
         self, prepared: Launches, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor,
         r: Recurrence,
     ) -> Gradients:  # fmt: skip
-        """Do the same as `backward`, without a projection unless it is in the time loop.
+        """Make the launches of `backward`. A projection outside of the time loop is not computed here.
 
-        The gradient of h0 is float32, and has only the part through zoneout of the first step.
+        The gradient of h0 is float32, and has only the part that zoneout of the first step passes on.
         """
         read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c, "norm_hh": r.norm_hh, "norm_c": r.norm_c}
         memory = self._launch(prepared, gates, r, read, dc_n)
@@ -163,7 +164,7 @@ class Layer:
         return memory
 
     def prepared(self, pass_: Pass, inputs: Inputs) -> Launches:
-        """Return a pass, ready to be launched. The first call, which has these inputs, chooses its plan."""
+        """Return the Launches of a pass. The first call chooses the plan, and verifies it for inputs like these."""
         if (prepared := self._prepared.get(pass_)) is None:
             if pass_ in self._without:
                 raise NoKernel(self._without[pass_])
@@ -185,7 +186,7 @@ class Layer:
     def has_kernel(self, pass_: Pass, inputs: Inputs) -> bool:
         """Whether a kernel runs a pass of a call with these inputs. If not, one warning says why.
 
-        No is final, unless memory was full while a kernel was verified or timed. Then the next call tries again.
+        False is final, unless memory was full while a kernel was verified or timed. Then the next call tries again.
         """
         if pass_ not in self._without:
             try:

@@ -20,7 +20,7 @@ def normed_of(v: Tensor, gain: Tensor) -> Normed:
 def gradient(d: Tensor, of: Normed, times: Any) -> Tensor:
     """Return the gradient [B, N] of v from the gradient d [B, N] of LN(v).
 
-    `times` indexes the first dimensions of v. It is one time, or a pair of each sequence's time and its number.
+    `times` is an index into [T, B] of v: one time, or a pair of tensors [B], the time and the number of each sequence.
     """
     given = d, of.v[times], (len(of.gain),), of.mean[times], of.scale[times], of.gain
     return torch.ops.aten.native_layer_norm_backward(*given, None, [True, False, False])[0]

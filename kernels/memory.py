@@ -1,4 +1,4 @@
-"""The memory of a launch: results, gradients and scratch. And the check that kernels write nothing outside of it."""
+"""The memory of a launch (results, gradients, scratch), and the check that kernels write nothing outside of it."""
 
 import contextlib
 import threading
@@ -11,9 +11,9 @@ from torch import Tensor
 from .cells import CELLS
 from .problem import Inputs, Pass, Problem
 
-EVERY_BIT = -1  # fills a Buffer with the sentinel of the exchanges
-PATTERN = 0x7FFF  # two bytes of a margin, a NaN in every dtype, so that reads there show, too; it is not the sentinel
-LEAST, MOST = 1 << 12, 1 << 20  # limits of the bytes of a margin, which is as large as the tensor between them
+EVERY_BIT = -1  # as the fill of a Buffer: every bit is set, which is the sentinel of triton_rnn/exchange.py
+PATTERN = 0x7FFF  # fills margins: a NaN in every dtype, so that reads of a margin show, too; not the sentinel
+LEAST, MOST = 1 << 12, 1 << 20  # limits for the bytes of a margin, which is as large as its tensor within them
 ALIGNMENT = 16  # bytes, which compiled kernels assume for every tensor
 
 
@@ -27,7 +27,7 @@ class Buffer(NamedTuple):
 
 
 def buffers_of(p: Problem, pass_: Pass) -> dict[str, Buffer]:
-    """Return the results of a pass as buffers, by the names of pointers. Those of backward are problem.Gradients."""
+    """Return the results of a pass as buffers, by the names of pointers. In backward they become problem.Gradients."""
     f32, of_h, of_c = torch.float32, (p.batch, p.width), (p.batch, p.hidden)
     every_c = CELLS[p.cell].kept, *of_c
     if not pass_.backward:
@@ -68,7 +68,7 @@ class _Checking(threading.local):
 
 
 checking = _Checking()
-"""Whether the launches of this thread are made within `margins`, and the last kernel that was launched so."""
+"""`on` says whether this thread launches within `margins`. `kernel` is the last kernel that it launched so."""
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def checked() -> Iterator[None]:
         yield
     finally:
         if outermost:
-            del checking.on  # the attribute of this thread, so that the attribute of the class counts again
+            del checking.on  # from this thread, so that the attribute of the class, False, counts again
 
 
 class WroteOutside(RuntimeError):
@@ -104,7 +104,7 @@ def margins(kernel: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if written:
         raise WroteOutside(f"{kernel} wrote {'; '.join(written)}")
     for name, t in tensors.items():
-        t.data.copy_(wide[name][1])  # through `data`, since autograd counts the versions of saved tensors
+        t.data.copy_(wide[name][1])  # writes to `data` change no version, which autograd checks in saved tensors
 
 
 def _with_margins(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def _with_margins(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pattern(count: int, device: torch.device) -> Tensor:
-    """Return `count` bytes of the pattern, or one more."""
+    """Return `count` bytes of the pattern, or one more if `count` is odd."""
     return torch.full(((count + 1) // 2,), PATTERN, dtype=torch.int16, device=device).view(torch.uint8)
 
 

@@ -21,7 +21,7 @@ class _Launched:
 
     at_once: int  # the number of streams that they were planned for
     streams: dict[Any, Any] = field(default_factory=dict)  # the event after each stream's launches, None if unrecorded
-    before: list[Any] | None = None  # the events that they waited for; None for the first ones, which record no events
+    before: list[Any] | None = None  # the events that these launches wait for; None for the first, which record none
     lock: Any = field(default_factory=threading.RLock)  # held from waiting to recording, while no other thread launches
 
 

@@ -3,8 +3,8 @@
 Comments say why a name is used, and how the library would behave without it. `-> b` names the public way b, which can
 take its place. All names exist since torch 2.9, the oldest version that is supported, unless a comment gives another
 version. If a name is gone, an ImportError says so at import, with the version of torch. tests/test_packaging.py checks
-that no other file has a private name. Flags are read by functions, since an import would copy their values. Flags that
-every call reads are behind functions that need no frame.
+that no other file has a private name. Flags are read by functions, since an import would copy their values. The
+functions for flags that every call reads are partials of getattr, which need no frame of Python.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ def constant_when_traced(function: Any) -> Any:
 def saved_by_product(product: Any, weight: Tensor) -> Tensor:
     """Return `weight` as torch.matmul(..., weight) saved it for backward.
 
-    Without it, we would cast it a second time.
+    Without it, the weight would be cast a second time.
     """
     return product.grad_fn._saved_vec if weight.dim() == 1 else product.grad_fn._saved_mat2
 

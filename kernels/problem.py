@@ -16,7 +16,7 @@ MOST = 2**31 - 2**16
 class Problem(NamedTuple):
     """One layer in one direction: all facts that decide which kernels run it.
 
-    Plans and their verdicts are kept by Problem. A bool says whether the tensor of that name is there.
+    Plans and their verdicts are kept by Problem. A bool with the name of a tensor says whether the tensor is there.
     """
 
     steps: int  # 1 if T is 1, else 2
@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     precision: str = "ieee"  # the precision of float32 products, "tf32" or "ieee"
     side_by_side: int = 1  # how many such directions run at once and share the card
     reverse: bool = False
-    lengths: torch.dtype | None = None  # int32 or int64
+    lengths: torch.dtype | None = None  # the dtype of the tensor, int32 or int64
     resets: bool = False
     dropout_h: bool = False
     zoneout_h: int | None = None  # the dimensions of the tensor: 0 for a rate, 3 for a mask
@@ -40,12 +40,12 @@ class Problem(NamedTuple):
     bias_c: bool = False
     cell: str = "lstm"  # a name of cells.CELLS
     bias_hh: bool = False  # whether kernels add bias_hh, in a cell that has_constant
-    known_h: bool = False  # whether, in such a cell, the last gate has W_hh h of the h that are known before the loop
+    known_h: bool = False  # whether, in such a cell, W_hh h of resets is in the last gate before the loop
     heads: int = 1  # groups of neighbouring units; W_hh connects the units of a group with each other only
 
     @property
     def from_x(self) -> int:
-        """How many of the four gates have numbers in them before the loop."""
+        """How many of the four gates, from the first on, have numbers in them before the loop."""
         return 4 if self.known_h else CELLS[self.cell].x_end
 
     @property
@@ -82,11 +82,12 @@ class Problem(NamedTuple):
 
     @property
     def regularised(self) -> bool:
+        """Whether there is recurrent dropout, or zoneout of h or c."""
         return self.dropout_h or self.zoneout_h is not None or self.zoneout_c is not None
 
     @property
     def projects_in_loop(self) -> bool:
-        """Whether the projection cannot be moved out of the time loop, see projection.py."""
+        """Whether there is a projection that stays in the time loop because of noise, see projection.py."""
         return self.projected > 0 and self.regularised
 
     @property
@@ -96,7 +97,7 @@ class Problem(NamedTuple):
 
     @property
     def only_by_steps(self) -> bool:
-        """Whether there is a layer norm or a projection in the middle of a step, so that each step needs launches."""
+        """Whether a layer norm or a projection interrupts a step, so that each step needs launches of its own."""
         return self.normalised or self.projects_in_loop
 
     @property
@@ -105,7 +106,7 @@ class Problem(NamedTuple):
         return self.dtype is torch.float32 and self.precision == "ieee"
 
     def as_json(self) -> dict[str, Any]:
-        """All fields as JSON values, for keys of cached results."""
+        """Return all fields as JSON values, for keys of cached results."""
         return {name: str(a) if isinstance(a, torch.dtype) else a for name, a in self._asdict().items()}
 
 
@@ -130,9 +131,9 @@ class Normed(NamedTuple):
 class Recurrence(NamedTuple):
     """The tensors that the time loop reads.
 
-    Of `inputs` it reads those that `in_the_loop` names, since x, W_ih and b_ih are in the gates. h0 is [1, B, P], and
-    c0 is [K, B, H] in float32. A reset step begins with h = 0, and with c = 0 or `reset_c`. To reset to another h, its
-    product with W_hh is in the gates. Only backward reads the layer norms.
+    `in_the_loop` names the `inputs` that it reads. The others, such as x and W_ih, are in the gates. h0 is [1, B, P],
+    and c0 is [K, B, H] in float32. A reset step begins with h = 0, and with c = 0 or `reset_c`. If a reset sets another
+    h, the gates already contain W_hh h. Only backward reads the layer norms.
     """
 
     inputs: Inputs
@@ -141,18 +142,18 @@ class Recurrence(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients that backward returns. None where there is no such gradient."""
+    """The gradients that backward returns. A field is None if there is no such gradient."""
 
     dgates: Tensor  # [T, B, 4H] of the pre-activations, zero in padding
-    dh0: Tensor | None  # [1, B, P]; kernels return float32, and only the gradient through zoneout of the first step
+    dh0: Tensor | None  # [1, B, P]; from kernels only the part through zoneout of the first step, in float32
     dc0: Tensor  # [K, B, H] float32
-    dh_total: Tensor | None = None  # [T, B, P], of W_hr m with a projection, of m if c is normalised
+    dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, or of m if c is normalised
     dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout, zero except at resets
     dreset_c: Tensor | None = None  # [T, B, H] float32, zero except at resets
 
 
 def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, tuple[int, ...]]:
-    """Return the sizes of all tensors of TENSORS, also of those that the problem has not.
+    """Return the sizes of all tensors of TENSORS by name, whether the problem has them or not.
 
     T = `steps`, I = `features`.
     """
@@ -177,7 +178,7 @@ def in_the_loop(p: Problem, steps: int) -> dict[str, tuple[tuple[int, ...], torc
 
 
 def told_of(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
-    """Return the fields of a Problem that follow from tensors, see Row.told. A tensor that is None has no field."""
+    """Return the fields of a Problem that follow from tensors, see Row.told. Tensors that are None are left out."""
     found = [(BY_NAME[name], t) for name, t in tensors.items() if t is not None]
     return {row.name: row.told(t) for row, t in found if row.told is not None}
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 X, STATE, WEIGHT, VARIANT, RESET, NOISE, TRAVERSAL = "x", "state", "weight", "variant", "reset", "noise", "traversal"
-"""Roles. Torch's own layer has the tensors of role WEIGHT. Only this library has those of role VARIANT."""
+"""Roles. Tensors of role WEIGHT are the parameters of torch's own layer. VARIANT are parameters that torch lacks."""
 LOOP = True
 BY_LOOP, AFTER, NONE = "by the loop", "after the loop", None
-"""Where a gradient comes from: the time loop, or products and sums over all steps after it."""
+"""How a gradient is computed. BY_LOOP: the time loop returns it, or it is one product with the dgates of the loop.
+Verification compares these gradients. AFTER: it follows from the loop's results by products and sums over all steps.
+"""
 THERE, DIMENSIONS, DTYPE = torch.is_tensor, Tensor.dim, lambda t: t.dtype  # torch.compile traces all three
-"""The fact about a tensor that a Problem has."""
+"""Values of Row.told: whether the tensor is there, its number of dimensions, or its dtype."""
 
 
 class Row(NamedTuple):
@@ -29,8 +31,8 @@ class Row(NamedTuple):
     dtype: torch.dtype | None  # None stands for the dtype of x
     role: str
     loop: bool  # whether the time loop reads it; x, W_ih and b_ih are in the gates
-    gradient: str | None
-    told: Callable[[Tensor], Any] | None = None  # computes the field of a Problem that has the tensor's name, if any
+    gradient: str | None  # BY_LOOP, AFTER or NONE
+    told: Callable[[Tensor], Any] | None = None  # computes the Problem's field of this name, if there is one
     sample: str = "normal"  # the kind of random numbers in verification, see gpu_lstm/verification/verify.py
 
     def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -71,7 +73,7 @@ def names_of(*roles: str) -> tuple[str, ...]:
 
 LEARNT = tuple(row.name for row in TENSORS if row.gradient is not NONE)
 COMPARED = tuple(row.name for row in TENSORS if row.gradient == BY_LOOP)
-"""The tensors that may have a gradient, and the tensors whose gradients verification compares."""
+"""The names of the tensors that may have a gradient, and of the tensors whose gradients verification compares."""
 
 
 class Noise(NamedTuple):

@@ -27,8 +27,8 @@ TIMEOUT, SPARE = "GPU_LSTM_TIMEOUT", "GPU_LSTM_SPARE_MULTIPROCESSORS"
 SECONDS = 120.0  # so long because NCCL's kernels may hold multiprocessors while they wait for a slow rank
 SECONDS_OF_TRIALS = 1.0
 POLLS_A_SECOND = 4_000_000  # a poll takes an estimated 0.2 to 0.35 us
-APART = 4  # int32 from one word to the next, which are 16 bytes: the alignment that kernels are compiled for
-MOST_KERNELS = 8  # the kernels that have words on a device, in pinned memory that is never allocated again
+APART = 4  # int32 from one word to the next, so that each is aligned to 16 bytes, as kernels assume
+MOST_KERNELS = 8  # the most kernels with words on a device, whose pinned memory is allocated once
 
 
 class _Words:
@@ -66,7 +66,7 @@ def timeout_seconds() -> float:
     """Return the seconds that the programs of a launch wait for each other.
 
     Raises:
-        ValueError: the environment variable is no such number.
+        ValueError: the environment variable is not a number of seconds above 0.
     """
     text = os.environ.get(TIMEOUT) or str(SECONDS)
     with contextlib.suppress(ValueError):
@@ -82,7 +82,7 @@ def spare_multiprocessors(count: int) -> int:
     Without it, NCCL gets an eighth of them if torch.distributed has several ranks.
 
     Raises:
-        ValueError: the environment variable is no such number.
+        ValueError: the environment variable is not a number below `count`.
     """
     global _whole_card
     text = os.environ.get(SPARE)
@@ -136,7 +136,7 @@ def raise_if_timed_out(device: torch.device) -> None:
         if step:
             words.memory[place * APART] = 0  # only this word, since a kernel may be writing another one
             timeouts.append(f"{words.kernels[place % MOST_KERNELS]} timed out at step {step - 1}")
-    if timeouts:  # there are none if another thread was faster
+    if timeouts:  # none are left if another thread has read them before
         raise RuntimeError(
             f"{' and '.join(sorted(timeouts))} on {device}: its programs wait for each other, and were not all "
             "resident at once; the results of that launch, and of all launches since, are wrong. If other kernels hold "

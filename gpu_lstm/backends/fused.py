@@ -23,7 +23,7 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
     Returns:
         h: [T, B, P].
         h_n, c_n: [1, B, P] and [K, B, H], in the dtypes of h0 and c0.
-        gates: [T, B, 4H], activated. Without `save` they are not to be read.
+        gates: [T, B, 4H], activated. Without `save`, a tensor that must not be read.
         c: [T, B, H] in float32, after each step. None without `save`.
     """
     i, c0, problem = inputs, inputs.c0, layer.problem
@@ -32,7 +32,7 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
         gates = i.x
     else:
         gates = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
-    if i.reset_h is not None:  # in the time loop h is 0 at resets, and so is W_hh h
+    if i.reset_h is not None:  # the loop starts a reset step from h = 0, so W_hh h is added here
         known = _at_resets(scaled(i.reset_h, i), traversal_of(i, problem.reverse))
         EQUATIONS[problem.cell].add_product(gates, known, i.weight_hh, i.gain_hh)
     if c0.dtype is not torch.float32:
@@ -42,8 +42,8 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
 
 
 def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
-    """Return t [T, B, F], with zeros where the step that visits a time has no reset before it."""
-    reset: Any = traversal.resets_in_time()  # not None: whoever gives states to reset to also gives resets
+    """Return t [T, B, F], ordered by time, with zeros at every time whose step does not start from a reset."""
+    reset: Any = traversal.resets_in_time()  # never None, since states to reset to come only with resets
     return torch.where(reset[:, :, None], t, 0)
 
 
@@ -67,12 +67,12 @@ class AllSteps:
         self.inputs, self.gates, self.c = i, saved.gates, saved.c
         self.cell, self.hidden, self.heads = CELLS[problem.cell], problem.hidden, problem.heads
         self.equations, self.traversal = EQUATIONS[problem.cell], traversal_of(i, problem.reverse)
-        gates_were_dropped = self.gates.dim() < self.c.dim()  # numel() would not tell: an empty batch has no elements
+        gates_were_dropped = self.gates.dim() < self.c.dim()  # not by numel(), which is 0 for an empty batch, too
         if gates_were_dropped or "weight_hh" in needed or i.gain_hh is not None:
             h = self.traversal.states_before(h, i.h0, i.reset_h)
-            if i.dropout_h is not None:  # without it h has no factors, and this would be two calls for nothing
+            if i.dropout_h is not None:  # otherwise `scaled` returns h, which would cost two calls
                 h = scaled(h, i)
-        self.operand = h  # [T, B, P], which W_hh multiplies at each step, if it is needed; any finite values in padding
+        self.operand = h  # [T, B, P], the factor of W_hh at each step, finite in padding; saved.h if nothing needs it
         if gates_were_dropped:  # every h is known by now, so one product computes all steps
             z = self.equations.input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
             self.equations.add_product(z, h, i.weight_hh, i.gain_hh)
@@ -83,11 +83,11 @@ class AllSteps:
         self.norm_c = None if i.gain_c is None else normed_of(without_padding(self.c_after(), i.lengths), i.gain_c)
 
     def c_before(self) -> Tensor:
-        """Return the cell states that the steps began with, float32 [T, B, H], with any finite values in padding."""
+        """Return c before each step, float32 [T, B, H], ordered by time. In padding it has any finite values."""
         return self.traversal.states_before(self.c, self.inputs.c0.float(), self.inputs.reset_c)
 
     def c_after(self) -> Tensor:
-        """Return c as the steps computed it, before zoneout, float32 [T, B, H], with any values in padding."""
+        """Return c after each step, before zoneout acts, float32 [T, B, H]. In padding it has any values."""
         if self.inputs.zoneout_c is None:
             return self.c
         c: Tensor = self.equations.next_cell(self.gates.chunk(4, dim=2), self.c_before())
@@ -111,9 +111,10 @@ def gradients(
 
 
 def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[str, Tensor | None]:
-    """Return all gradients, by products and sums over all steps of the gradients that the time loop returned.
+    """Compute the other gradients by products and sums over all steps, and return all gradients by name.
 
-    In padding dgates are zero, but zero times a NaN is NaN. So padding in the other factor is set to zero first.
+    `loop` are the gradients that the time loop returned. In padding dgates are zero, but zero times a NaN is NaN. So
+    padding in the other factor is set to zero first.
     """
     i, cell, hidden = steps.inputs, steps.cell, steps.hidden
     d: dict[str, Tensor | None] = {"h0": loop.dh0, "reset_c": loop.dreset_c}

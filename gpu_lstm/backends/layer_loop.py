@@ -35,14 +35,15 @@ def run_layers(
 ) -> tuple[Tensor, list[State]]:
     """Run all layers in order, with dropout and residual connections between them.
 
-    All tensors are first cast to `dtype`, and then autocast is off. If `dtype` is None, nothing is cast here. The
-    directions of a layer run one after another by `run`, or by `together`, if it is given.
+    All tensors are first cast to `dtype`, and the layers run without autocast. If `dtype` is None, nothing is cast, and
+    autocast stays as it is. `run` runs the directions of a layer one after another. If `together` is given, it runs
+    them instead.
 
     Returns:
         The output [T, B, D*P], and the final states, in the form of Call.states.
     """
     if dtype is not None and call.modes.autocast is not None:
-        call = cast(call, dtype)  # while autocast is on, so that its cache casts the weights
+        call = cast(call, dtype)  # autocast is still on, so that its cache keeps the cast weights
         with torch.autocast(call.x.device.type, enabled=False):
             return run_layers(call, None, backend, run, together)
     if dtype is not None and not (dtype is call.x.dtype is torch.float32):
@@ -63,7 +64,7 @@ def run_layers(
                 if is_profiled():
                     with named(k, d, backend):
                         h, final = run(each, row, reverse)
-                else:  # a context that does nothing would cost two calls
+                else:  # even a context that does nothing costs two calls
                     h, final = run(each, row, reverse)
                 outputs.append(h)
                 finals.append(final)
@@ -78,7 +79,7 @@ def inputs_of(call: Call, k: int, d: int, x: Tensor, noise: Noise) -> Inputs:
     reset_h = reset_c = None
     if reset_to is not None:
         reset_h, reset_c = reset_to[row]
-        if d == 1:  # in reverse the state for a reset at t + 1 belongs to t, see Traversal.reset_states
+        if d == 1:  # for a reset at t + 1 the reverse direction restarts at t, see Traversal
             reset_h, reset_c = reset_h.roll(-1, 0), reset_c.roll(-1, 0)
     return Inputs(x, *call.states[row], *call.weights[k][d], reset_h, reset_c, *noise, lengths, resets)
 
@@ -95,7 +96,7 @@ def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
 
 
 def in_steps(inputs: Inputs, reverse: bool) -> tuple[Callable[[Tensor], Tensor], Tensor | None, Tensor | None]:
-    """Return the tools of a backend that runs step after step: it runs the reverse direction as a forward one.
+    """Return a function and two masks, with which a backend runs either direction as a forward one, step after step.
 
     Returns:
         reordered: a function that brings t [T, B, F] from the order of time into the order of steps, or back. It writes
@@ -108,7 +109,7 @@ def in_steps(inputs: Inputs, reverse: bool) -> tuple[Callable[[Tensor], Tensor],
 
     def reordered(t: Tensor) -> Tensor:
         t = t if ended is None else torch.where(ended[:, :, None], 0, t)
-        if not reverse and not torch.jit.is_tracing():  # a trace of a loop over steps has to fail for any other T
+        if not reverse and not torch.jit.is_tracing():  # in a trace `gather` fails for any other T, as it has to
             return t
         return t.gather(0, time[:, :, None].expand_as(t))
 
@@ -175,7 +176,7 @@ def connect(
 def named(layer: int, direction: int | None, backend: Backend) -> contextlib.AbstractContextManager:
     """Return a block that torch.profiler shows as, for example, "gpu_lstm layer 0 forward, triton".
 
-    The name has no direction where `direction` is None, for both directions.
+    If `direction` is None, the block is for both directions, and the name has none.
     """
     if not is_profiled() or torch.compiler.is_compiling():
         return NOTHING

@@ -30,7 +30,7 @@ from .layer_loop import in_steps, run_layers, weights_of
 class Steps(NamedTuple):
     """The results of all steps of one layer in one direction, ordered by time, zero past the end of a sequence."""
 
-    gates: Tensor  # [T, B, 4H] in the order of the pre-activations
+    gates: Tensor  # [T, B, 4H], activated, in the order of kernels/equations.py
     c: Tensor  # [T, B, H], after each step; where K > 1 the first of the K numbers
     h: Tensor  # [T, B, P], after each step
 
@@ -39,7 +39,10 @@ Record = Callable[[Steps], None]
 
 
 def by_reference(call: Call, dtype: torch.dtype, record: Record | None = None) -> tuple[Tensor, list[State]]:
-    """Run all layers of a call in `dtype`: as layer_loop.run_layers. `record` receives the Steps of each layer."""
+    """Run all layers of a call in `dtype`, and return the same as layer_loop.run_layers.
+
+    `record` receives the Steps of each layer and direction.
+    """
 
     def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
         return layer_by_reference(call.options.cell, inputs, reverse, record)

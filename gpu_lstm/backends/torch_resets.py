@@ -29,7 +29,8 @@ Run = Callable[[Tensor, State, Tensor | None, Tensor | None], Result]
 def with_resets(run: Run, x: Tensor, state: State, weights: Weights, ended: Tensor | None, reset: Tensor) -> Result:
     """Compute h [T, B, P] and c_n [B, H] from x [T, B, I].
 
-    On CUDA, and with fake tensors, `_without_values` does it. On the CPU, if there are resets after the first step:
+    On CUDA, and while a call is recorded, `_without_values` computes it. Otherwise sequences that are reset before the
+    first step start from zeros. If there are later resets:
 
     1. One call computes the whole batch. Every reset becomes an additional step, which clears the state.
     2. A step that clears multiplies c by zero. NaN times zero is NaN, which then remains in all episodes that follow.
@@ -60,11 +61,12 @@ def _without_values(run: Run, x: Tensor, state: State, weights: Weights, ended: 
     Reading a value would synchronise the host with the device, which no graph allows. Inputs and states that make a NaN
     are replaced by zeros. The results from there to the end of the episode are replaced by NaN.
     """
-    # An infinity saturates gates. It makes a NaN where its weight is zero, and nearly always together with another one.
+    # One infinity in x only saturates gates, unless a weight of it is zero: 0 * inf is NaN. Two infinities at a step
+    # nearly always make a NaN.
     infinite, zero = x.isinf(), (weights.weight_ih == 0).any(0)
     broken = x.isnan().any(2) | (infinite.sum(2) > 1) | (infinite & zero).any(2)  # [T, B]
     before = ~torch.cat(state, 1).isfinite().all(1)  # [B]
-    count = before + broken.cumsum(0, dtype=torch.long)  # of broken inputs and states up to each step
+    count = before + broken.cumsum(0, dtype=torch.long)  # how many inputs and states were broken up to each step
     before_episode = torch.where(reset, count - broken.long(), 0)
     if torch.onnx.is_in_onnx_export():  # ONNX has a running maximum only as a pooling over all T steps
         padded = F.pad(before_episode.T[None].float(), (len(x) - 1, 0))  # [1, B, T - 1 + T]
@@ -93,13 +95,13 @@ def _from_reset_to_reset(run: Run, x: Tensor, state: State, ended: Tensor | None
 
 
 def _in_a_grid(run: Run, x: Tensor, state: State, ended: Tensor | None, reset: Tensor, copies: int) -> Result:
-    """Compute `with_resets` by one call, over a grid of S steps and K*B sequences, [S, K*B], where K = `copies`.
+    """Compute `with_resets` by one call, over a grid of S steps and N*B sequences, [S, N*B], where N = `copies`.
 
     The steps of x are spread over the grid. A step of the grid that received no step of x clears the state.
 
-    - With one copy every reset is a step of its own, S = T + resets. So the number of resets is read on the host.
-    - With two copies of the batch, the episodes of a sequence alternate between them, S = T. Twice the batch costs less
-      than twice the steps, since steps run one after another and sequences in parallel.
+    - With one copy every reset is a step of its own. S is T plus the most resets of a sequence, which the host reads.
+    - With two copies of the batch, the episodes of a sequence alternate between them, and S = T. Twice the batch costs
+      less than twice the steps, since steps run one after another and sequences in parallel.
     """
     steps, batch, inputs = x.shape
     episode, step = reset.cumsum(0, dtype=torch.long), torch.arange(steps, device=x.device)[:, None]  # [T, B], [T, 1]
@@ -107,12 +109,12 @@ def _in_a_grid(run: Run, x: Tensor, state: State, ended: Tensor | None, reset: T
     if copies == 1:
         step, height = step + episode, steps + int(episode[-1].max())
     grid, column = (height, copies * batch), copy * batch + torch.arange(batch, device=x.device)
-    place = (step * copies * batch + column).flatten()  # [T*B], where in the flattened grid each step of x is
+    place = (step * copies * batch + column).flatten()  # [T*B], the index of each step of x in the flattened grid
     nowhere = torch.zeros(height * copies * batch, dtype=torch.bool, device=x.device)
-    opens = nowhere.index_fill(0, place, 1).view(grid)  # [S, K*B], where gates are not shut
+    opens = nowhere.index_fill(0, place, 1).view(grid)  # [S, N*B], True where a step of x is
     clears = ~opens
     if copies == 1:
-        clears = clears & (torch.arange(height, device=x.device)[:, None] < step[-1])  # past the last step of x hold
+        clears = clears & (torch.arange(height, device=x.device)[:, None] < step[-1])  # later steps hold
     if ended is not None:
         opens = nowhere.index_copy(0, place, ~ended.flatten()).view(grid)
     x = x.new_zeros(len(nowhere), inputs).index_copy(0, place, x.flatten(0, 1)).view(*grid, inputs)

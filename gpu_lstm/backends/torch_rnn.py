@@ -33,9 +33,9 @@ from .layer_loop import in_steps, named, run_layers, weights_of
 from .one_step import is_one
 from .torch_resets import with_resets
 
-MOST_STEPS = 65_535  # that cuDNN supports
-LEAST_HEAD, LEAST_OF_ALL = 64, 256  # units of a head, and of all heads, from which a call per head is faster on a CPU
-MOST_ROWS = 16  # sequences up to which the operator for a cell is faster on a CPU, for one step
+MOST_STEPS = 65_535  # the most steps that cuDNN supports
+LEAST_HEAD, LEAST_OF_ALL = 64, 256  # with so many units in a head, and in all, a call per head is faster on a CPU
+MOST_ROWS = 16  # the most sequences for which one step on a CPU is faster by the operator for a cell
 
 lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
 
@@ -59,7 +59,7 @@ def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
         return None
     if lengths is None:
         return _every_step(request)
-    one = request.modes.recording == Recording.NOBODY and request.steps == 1  # a trace may later run more steps
+    one = request.modes.recording == Recording.NOBODY and request.steps == 1  # a recorded program may run more steps
     return _step_of_some(request, lengths) if one else None
 
 
@@ -98,7 +98,7 @@ def step_of_cell(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
 
 
 def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
-    """Run all layers of a call that `as_given` does not support, in `dtype`: as layer_loop.run_layers."""
+    """Run all layers of a call that `as_given` does not support, in `dtype`. Return the same as run_layers."""
     options, cell = call.options, call.options.cell
     is_plain = call.traversal.is_plain() and not isinstance(options.role, roles.Function)
     if is_plain and options.in_one_call:
@@ -126,7 +126,7 @@ def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     if call.x.is_cuda:  # autocast would cast cuDNN's layers to float16, in which the huge weights overflow
         return run_layers(call, dtype, Backend.TORCH, run_layer)
     weights = [[one.to(call.modes.autocast or dtype) for one in layer] for layer in call.weights]
-    return run_layers(call._replace(weights=weights), None, Backend.TORCH, run_layer)  # autocast casts other tensors
+    return run_layers(call._replace(weights=weights), None, Backend.TORCH, run_layer)  # autocast casts the others
 
 
 def joined(rows: list[State]) -> State:
@@ -155,18 +155,18 @@ def stack(
     """
     h0, c0 = state
     if x.is_cpu and batch_sizes is None and cell is not GRU and layers[0][0].weight_hr is None:
-        half = autocast_dtype(x)  # autocast casts the LSTM to it for oneDNN, which may not support it on this CPU
+        half = autocast_dtype(x)  # the dtype that autocast uses for oneDNN, which may not support it on this CPU
         grad = torch.is_grad_enabled()
         if half is not None and onednn.takes_whole_lstms(x.dtype, grad) and not onednn.has_lstm(half, grad):
             state, layers = (h0.to(half), c0.to(half)), [[w.to(half) for w in layer] for layer in layers]
             with torch.autocast("cpu", enabled=False):
                 return stack(cell, x.to(half), state, layers, dropout, training)
-    if (columns := layers[0][0].weight_hh.shape[1]) != h0.shape[2]:  # heads, and then there is one layer
+    if (columns := layers[0][0].weight_hh.shape[1]) != h0.shape[2]:  # there are heads, and therefore one layer
         if x.is_cpu and columns >= LEAST_HEAD and h0.shape[2] >= LEAST_OF_ALL:
             return _head_by_head(cell, x, state, layers[0], columns)
         layers = [[w._replace(weight_hh=dense(w.weight_hh, h0.shape[2])) for w in layer] for layer in layers]
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
-    if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:  # a module's share one
+    if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:  # a module's weights share one
         flat = packed(flat)
     bias = layers[0][0].bias_ih is not None
     if not training:
@@ -228,7 +228,7 @@ def packed(weights: list[Tensor]) -> list[Tensor]:
 
 
 def layer_by_torch(cell: Cell, inputs: Inputs, reverse: bool) -> tuple[Tensor, State]:
-    """Run one layer in one direction: as layer_loop.RunLayer.
+    """Run one layer in one direction. Return h and the final state, as a layer_loop.RunLayer does.
 
     torch runs the reverse direction only together with the forward one. So here the input is reversed in time, the
     forward direction runs, and its output is reversed again.
@@ -252,17 +252,17 @@ def layer_by_torch(cell: Cell, inputs: Inputs, reverse: bool) -> tuple[Tensor, S
 def _with_gates_shut(
     cell: Cell, weights: Weights, x: Tensor, state: State, holds: Tensor | None, clears: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Run one layer over x [S, B, I], and hold or clear the state where told. Returns h [S, B, P] and c_n [B, H].
+    """Run one layer over x [S, B, I], in which steps may hold or clear the state. Return h [S, B, P] and c_n [B, H].
 
-    `holds` and `clears` are bool [S, B], or None where no step does so.
+    `holds` and `clears` mark these steps. They are bool [S, B], or None if there is no such step.
     """
     (h0, c0), inputs, hidden = state, x.shape[2], state[1].shape[1]
     if holds is not None or clears is not None:
         hold, clear = (x.new_zeros(x.shape[:2]) if t is None else t.to(x.dtype) for t in (holds, clears))
-        weight = weights.weight_ih  # under autocast on a CPU it is in half precision, and x is not
+        weight = weights.weight_ih  # under autocast on a CPU it is in half precision, but x is not
         huge = weight.new_full((hidden,), 3e4 if weight.dtype is torch.float16 else 1e30)
         shut = [(-clear if cell is GRU else -hold - clear, huge), (hold - clear, huge)]  # r and z, or i and f
-        if cell is GRU and weights.bias_ih is not None:  # n would be tanh(b_in): b_in is cancelled, also its gradient
+        if cell is GRU and weights.bias_ih is not None:  # otherwise n would be tanh(b_in), with a gradient of b_in
             shut.append((clear, -weights.bias_ih[2 * hidden :]))
         multiple = 1
         if not x.is_cpu and x.dtype.itemsize == 2:
@@ -271,7 +271,7 @@ def _with_gates_shut(
             multiple = 128 if x.dtype is torch.float16 and inputs % 128 == 0 else 8
         added = len(shut) + -(inputs + len(shut)) % multiple
         features = F.pad(torch.stack([feature for feature, _ in shut], dim=2), (0, added - len(shut)))  # [S, B, added]
-        # Padded, not written into a buffer: a graph must not record writes to views.
+        # F.pad makes each column. Writes into slices of a buffer must not be recorded in a graph.
         columns = [F.pad(w, (k * hidden, len(weight) - (k + 1) * hidden)) for k, (_, w) in enumerate(shut)]
         huge_weights = F.pad(torch.stack(columns, dim=1), (0, added - len(shut)))  # [4H or 3H, added]
         weights = weights._replace(weight_ih=torch.cat([weight, huge_weights], dim=1))

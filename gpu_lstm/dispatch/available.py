@@ -18,17 +18,20 @@ def backends_for(device: torch.device) -> tuple[Backend, ...]:
 
 
 def supports(choice: Backend, feature: str | None) -> bool:
-    """Whether a backend supports a feature that torch's own lacks, judged by the name alone; see also `lacking`."""
+    """Whether a backend supports a feature that torch's own lacks. Only the feature's name decides.
+
+    A backend may still refuse a problem that has the feature, see `lacking`.
+    """
     if feature is None or choice is Backend.REFERENCE:
         return True
     return choice in KERNEL_BACKENDS and feature not in REFERENCE_ONLY
 
 
 def select(argument: str | Backend | None, device: torch.device, kind: Kind, transformed: bool) -> Backend:
-    """Return the backend that will run a kind of call on this device unless another one wins a race; never AUTO.
+    """Return the backend that will run a kind of call on this device unless another one wins a race. It is never AUTO.
 
     `transformed` tells whether the call is within torch.func.vmap or a forward-mode derivative. The reference runs such
-    calls, whichever backend was chosen and could run.
+    calls, whatever backend was chosen. A chosen backend that cannot run is an error here, too.
 
     Raises:
         ValueError: the chosen backend does not support the feature of the call.
@@ -47,12 +50,12 @@ def select(argument: str | Backend | None, device: torch.device, kind: Kind, tra
 
 
 def is_compiled_once(kernels: Backend) -> bool:
-    """Whether one compilation of a kernel backend serves all problems. Then cpu_rule decides what is raced."""
+    """Whether one compilation of a kernel backend serves all problems. If so, cpu_rule decides what is raced."""
     return package_of(kernels.value).is_compiled is not None
 
 
 def why_no_kernels(device: torch.device, kind: Kind) -> str:
-    """Return the reason why AUTO gives a kind of call on this device to no kernels."""
+    """Return the reasons why AUTO chooses no kernel backend for a kind of call on this device, in one text."""
     reasons = [why for b in backends_for(device) if (why := why_not(b, device, kind)) is not None]
     return "; ".join(["backend 'auto' chooses it where no kernels run", *reasons])
 

@@ -24,8 +24,8 @@ class Kind(NamedTuple):
     inputs: tuple[int | None, ...]  # [L], the input features I of each layer
     steps: int  # T, rounded up to a power of two; greater than MOST_STEPS + 1 if cuDNN refuses T
     training: bool  # whether backward follows forward
-    recompute: bool
-    feature: str | None  # the feature that the fewest backends support, as errors name it, or None if all support all
+    recompute: bool  # whether backward recomputes the gates
+    feature: str | None  # the feature that the fewest backends support, in words; None if all support all
     one_step: bool = False  # see backends/one_step.py
 
     @property
@@ -77,7 +77,7 @@ def kind_of(call: Request) -> Kind:
     for thing, rate in options.on:
         told |= thing.flags(rate, options.training)
     sizes = options.sizes
-    if call.modes.recording >= Recording.COMPILED:  # sizes of options may be symbols, sizes of weights are constants
+    if call.modes.recording >= Recording.COMPILED:  # sizes of weights are constants, sizes of options may be symbols
         sizes = tuple([size_of(weights, cell.rows) for weights, *_ in call.weights])
     steps, batch = int(call.steps), int(call.batch)
     problems = [
@@ -113,7 +113,7 @@ def dtype_of(call: Request) -> torch.dtype:
 
 
 def describe(kind: Kind, device: torch.device, **exact: int) -> str:
-    """Describe a kind of call on a device in a few words, with the `exact` steps and batch size, if they are known."""
+    """Describe a kind of call on a device in a few words. `exact` steps and batch size replace the rounded ones."""
     switched = {} if device.type == "cuda" else {"precision": ""}  # the switch of float32 products is for CUDA alone
     return in_words(kind.as_json() | exact | switched)
 

@@ -42,8 +42,8 @@ FAILED = "the kernels fail"
 logger = logging.getLogger("gpu_lstm")
 
 decided: dict[tuple, Decision] = {}
-"""The decisions of this process, among them those that are not on disk: noisy races, kernels that fail, and expected
-winners. So neither a batch of another size nor a capture changes a decision."""
+"""The decisions of this process. Some of them are not on disk: noisy races, kernels that fail, and expected winners.
+Since they are kept here, a batch of another size or a capture does not change a decision."""
 _generators: dict[torch.device, Setting] = {}
 _log_once = functools.lru_cache(MOST_DECISIONS)(logger.info)
 
@@ -51,7 +51,7 @@ _log_once = functools.lru_cache(MOST_DECISIONS)(logger.info)
 def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decision:
     """Decide which backend runs a kind of call. The candidates are `able` and the backend without kernels.
 
-    If `dry`, nothing is raced or kept, and the decision is as far as it is known.
+    If `dry`, nothing is raced or kept. If there is no decision yet, the result is the expected winner.
 
     Raises:
         torch.OutOfMemoryError: memory is too full to verify the kernels, and nothing is decided.
@@ -64,14 +64,14 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
     own, alike = ((each, able, device, mode) for each in (kind, kind.rounded()))
     known = decided.get(own) or decided.get(alike)
     decision = known or _cached(kind, able, device, mode)
-    if dry or call.modes.capturing:  # the next call races
+    if dry or call.modes.capturing:  # the first call that is neither races
         if decision is not None:
             return decision
         expected = expected_winner(kind, able, device)
         races = dry and mode is Racing.ON and _is_raced(kind, able)
         return expected._replace(why=f"{expected.why}; the first call races it") if races else expected
     if decision is None and mode is not Racing.ON and is_compiled_once(able):
-        decision = expected_winner(kind, able, device)  # which need not be verified
+        decision = expected_winner(kind, able, device)  # if torch's own is expected, no kernel is verified
     if decision is None or decision.backend is able:
         decision = _settle(call, kind, able, mode, decision)
     if decision is known:
@@ -80,7 +80,7 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
         decided.clear()
     if known is None:
         decision = decided.setdefault(alike, _agreed(decision, _key(kind, able, device)))
-    else:  # the kernels of this batch alone fail
+    else:  # the kernels fail, but only for this batch size
         decided[own] = decision
     logger.info("%s: %s", describe(kind, device), decision)
     return decision
@@ -192,7 +192,7 @@ def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
         rivals = {backend.value: _sample(call, kind, backend, most) for backend in (able, other)}
         rivals[other.value]()  # raises, for example, if cuDNN cannot be initialised
         times = race(rivals, partial(clock, device))
-        raise_if_timed_out(device)  # for the last call of the kernels
+        raise_if_timed_out(device)  # the last launch may have timed out
     except torch.OutOfMemoryError:  # memory is too full for both; the kernels themselves were verified before
         return expected
     decision, is_certain = judge(times, expected)
@@ -202,7 +202,7 @@ def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
 
 
 class RivalFailed(Exception):
-    """The rival of this name raised an error, which is the cause."""
+    """A rival raised an error, which is the cause of this one. The argument is the name of the rival."""
 
 
 def build(call: Request, kind: Kind, backend: Backend) -> Route:
@@ -258,7 +258,7 @@ def other_than_kernels(kind: Kind) -> Backend:
 
 
 def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
-    """Return the decision of the rank of torch.distributed that decided first; on a rank whose kernels fail, its own.
+    """Return the decision of the rank of torch.distributed that decided first. A rank whose kernels fail keeps its own.
 
     The first decision is in the store of the process group, so no rank waits for another, whatever calls they make.
     """

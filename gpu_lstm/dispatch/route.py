@@ -19,7 +19,7 @@ from .run import Route, execute
 
 MOST_ROUTES = 4096  # the number of routes that are kept; a program with more kinds of calls decides again
 BATCH_OF_A_GRAPH = 16  # the assumed batch size, since a graph serves all batch sizes
-TOO_MANY = MOST_STEPS + 1  # a power of two that cuDNN does not support, counted as the next one, as in `kind_of`
+TOO_MANY = MOST_STEPS + 1  # the least T that cuDNN refuses; it is rounded up to the next power of two, as in `kind_of`
 
 _routes: dict[tuple, Route] = {}
 
@@ -53,7 +53,7 @@ def route_of(call: Request) -> Route:
             what = f"backend 'auto' uses {backend.value!r} for {describe(kind, x.device)}"
             cache.warn_once(f"{what}: memory is full, where the kernels have to be verified")
             return race.build(call, kind, backend)  # not kept, so the next call tries again
-        if not call.modes.capturing:  # during a capture nothing is verified or raced
+        if not call.modes.capturing:  # a route from a capture is not kept, since nothing was verified or raced
             if len(_routes) >= MOST_ROUTES:
                 _routes.clear()
             _routes[key] = route
@@ -71,7 +71,7 @@ def forget() -> None:
 
 
 def able_to_run(call: Request, kind: Kind) -> Backend:
-    """Return the backend that runs a kind of call unless another one wins a race. Raises as available.select."""
+    """Return the backend that runs a kind of call unless another one wins a race. See available.select for errors."""
     return available.select(call.options.backend, call.x.device, kind, call.modes.transforms == Transforms.REFERENCE)
 
 
@@ -98,18 +98,20 @@ def operators_route(backend: Backend, dtype: torch.dtype, operators: str | None,
 
 
 def _route_in_a_graph(call: Request) -> Route:
-    """Return the route of a call in a graph of torch.compile, for all sizes.
+    """Return the route of a call in a graph of torch.compile, torch.export or torch's ONNX exporter, for all sizes.
 
-    Nothing is raced, and with every backend a layer is one operator. torch's ONNX exporter, which knows no operator of
-    ours, gets torch's own LSTM or GRU.
+    Nothing is raced. In a graph of torch.compile or torch.export a layer is one operator, whatever its backend is. The
+    ONNX exporter knows no operator of ours. It gets torch's own LSTM or GRU, or the reference for a layer that torch
+    does not have. If the user chose a kernel backend, it gets the operator.
     """
     if call.modes.recording == Recording.ONNX and isinstance(call.steps, torch.SymInt):
         # The file would declare T free, and fail for every T except the example's.
         raise RuntimeError("ONNX: the number of steps is free only in a model that gpu_lstm.to_torch has converted")
     kind = kind_of(call._replace(steps=race.LONGEST, batch=BATCH_OF_A_GRAPH, learns=True))
     transformed = call.modes.transforms == Transforms.REFERENCE
-    # chosen_backends is read while it is traced: the tracer knows a block that the traced function opens, and `_answer`
-    # would not see it. A block around the function becomes part of the graph.
+    # chosen_backends is read here, since this function is traced, and `_answer` is not. The tracer knows the `with
+    # backend(...)` blocks that the traced function opens, and `_answer` would not see them. A block around the traced
+    # function becomes part of the graph.
     chosen = call.options.backend or chosen_backends[0].value
     name, problem, wide = _answer(chosen, call.x.device, transformed, tuple(map(tuple, kind.problems)), *kind[1:])
     if problem:

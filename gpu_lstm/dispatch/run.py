@@ -23,7 +23,7 @@ class Route(NamedTuple):
     dtype: torch.dtype  # the dtype that layers compute in
     operators: str | None = None  # the backend's operator_name, if layers run as operators, as in graphs
     layers: Sequence[Layer] = ()  # [L*D], if kernels run in eager mode
-    schedule: Schedule | None = None  # likewise
+    schedule: Schedule | None = None  # if kernels run in eager mode
     one_step: bool = False  # whether backends/one_step.py may run the call
     results: torch.dtype | None = None  # the dtype that results are rounded to, or None if layers compute in it
 

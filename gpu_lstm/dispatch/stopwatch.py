@@ -12,7 +12,7 @@ import torch
 from ..call.choices import Backend
 
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
-ROUND = 2e-3  # seconds that the calls between two readings of the clock take together, or more
+ROUND = 2e-3  # the least seconds between two readings of the clock: short calls are repeated
 MOST_CALLS, MOST_ROUNDS = 64, 200  # calls of a round, rounds of a race
 CLEAR = 1.3  # a race ends when every call of one rival was faster than every call of the other by this factor
 UNCERTAIN = 0.5  # a tie is not cached if the quartiles of the ratio differ by more than this share of its median
@@ -40,8 +40,8 @@ def clock(device: torch.device) -> float:
 def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:
     """Time the rivals in turns until the budget is spent or one of them is clearly faster.
 
-    Each rival first runs twice. Then it is timed at least three times, or twice if that takes longer than the budget.
-    Returns the seconds per call of each rival, one number a round.
+    Each rival first runs twice. Then there are at least three rounds, or two if these take longer than the budget. In a
+    round each rival is timed once, over one or more calls. Returns the seconds per call of each rival in each round.
     """
     calls = {}
     for name, run in rivals.items():
@@ -51,7 +51,7 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
         calls[name] = min(MOST_CALLS, max(1, ceil(ROUND / max(now() - start, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in rivals}
     end = now() + BUDGET
-    for number in range(MOST_ROUNDS):  # whatever the clock says
+    for number in range(MOST_ROUNDS):  # a limit that does not depend on the clock
         for name, run in rivals.items():
             start = now()
             for _ in range(calls[name]):

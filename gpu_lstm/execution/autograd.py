@@ -1,7 +1,7 @@
 """Gradients of a layer, to any order: by kernels in eager mode, and for the operator in graphs.
 
 Gradients of first order come from the kernels, or from the operator's backward. The reference computes gradients that
-may be differentiated again, and several gradients at once. It computes them from the inputs.
+may be differentiated again, and batches of gradients (`is_grads_batched`). For these it runs the layer again.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,10 @@ Tensors = Sequence[Tensor | None]
 def layer_by_kernels(
     layers: Sequence[Layer], call: Call, inputs: Inputs, row: int, reverse: bool
 ) -> tuple[Tensor, State]:
-    """Run one layer in one direction by its entry of `layers` [L*D], differentiable to any order: as
-    layer_loop.RunLayer. The final states have the dtypes of h0 and c0."""
+    """Run one layer in one direction by kernels, differentiable to any order, as a layer_loop.RunLayer does.
+
+    `layers` [L*D] has its kernels at `row`. The final states have the dtypes of h0 and c0.
+    """
     layer, modes, options = layers[row], call.modes, call.options
     learns = modes.grad and any([t is not None and t.requires_grad for t in inputs])
     if modes.transforms != Transforms.NONE:
@@ -40,25 +42,27 @@ def layer_by_kernels(
         h, h_n, c_n, *_ = fused.forward(layer, inputs, save=False)
     else:
         count = len(inputs)
-        while inputs[count - 1] is None:  # each argument of a Function costs time, and the last ones have defaults
+        while inputs[count - 1] is None:  # the last Nones are left out, since each argument of a Function costs time
             count -= 1
         h, h_n, c_n = _apply(layer, options.recompute, options.backend or chosen_backends[0].value, *inputs[:count])
     return h, (h_n, c_n)
 
 
 def how_of(layer: Layer, backend: Any, save: bool = False, recompute: bool = False) -> How:
-    """Return the operator's arguments for a layer. `backend` is the user's, as for operator_name."""
+    """Return the operator's arguments for a layer. `backend` is the user's choice or None, see operator_name."""
     name = operator_name(Backend(layer.backend), backend)
     return How(layer.problem.cell, layer.problem.reverse, name, save, recompute)
 
 
 class RecurrentLayer(torch.autograd.Function):
-    """A layer whose forward saves gates and cell states for backward."""
+    """The autograd Function of one layer in one direction in eager mode. Forward saves gates and c for backward."""
 
     @staticmethod
     def forward(ctx: Any, layer: Layer, recompute: bool, backend: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """Return h, h_n and c_n. `backend` is the user's. `tensors` are the Inputs without the last ones that are
-        None."""
+        """Return h, h_n and c_n.
+
+        `backend` is the user's choice or None. `tensors` are the Inputs without the Nones at the end.
+        """
         h, h_n, c_n, gates, c = fused.forward(layer, Inputs(*tensors), save=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, gates.new_empty(0) if recompute else gates, c, *tensors)
@@ -75,7 +79,7 @@ class RecurrentLayer(torch.autograd.Function):
                 with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
                     by_name = fused.gradients(layer, saved, output_gradients, set(compress(names, needed)))
                 return None, None, None, *map(by_name.get, names)
-            except (NoKernel, torch.OutOfMemoryError):  # forward had a kernel; whether backward has one shows only here
+            except (NoKernel, torch.OutOfMemoryError):  # forward had a kernel, but backward may have none
                 dh, dh_n, _ = output_gradients
                 pass_ = Pass(True, True, dh is not None, dh_n is not None)
                 if how_of(layer, ctx.backend).asked or layer.has_kernel(pass_, saved.inputs):
@@ -84,7 +88,8 @@ class RecurrentLayer(torch.autograd.Function):
         return None, None, None, *gradients(how, output_gradients, (h, gates, c), needed, tensors)
 
 
-# Function.apply would look at every argument for transforms. The apply of its base class does not.
+# Function.apply searches all arguments for tensors of torch.func's transforms, which takes time. The apply of its base
+# class does not.
 _apply = super(torch.autograd.Function, RecurrentLayer).apply
 
 
@@ -122,7 +127,10 @@ _HOW = (None,) * len(How._fields)  # the gradients of the arguments that are no 
 
 
 class InTransforms(torch.autograd.Function):
-    """The operator inside transforms of torch.func, which refuse the registration below."""
+    """The operator as a Function, for calls inside transforms of torch.func.
+
+    These transforms do not support gradients that are registered with an operator, as below.
+    """
 
     forward = staticmethod(OPERATOR)
 

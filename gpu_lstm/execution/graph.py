@@ -24,7 +24,10 @@ _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 
 
 def by_operators(call: Call, dtype: torch.dtype, backend: Backend, name: str) -> tuple[Tensor, list[State]]:
-    """Run all layers of a call by operators, in `dtype`: as layer_loop.run_layers. `name`: see operator_name."""
+    """Run all layers of a call by operators, in `dtype`, and return the same as layer_loop.run_layers.
+
+    `name` is the backend's operator_name.
+    """
     if call.learns and call.modes.recording == Recording.WATCHED and torch.jit.is_tracing():
         raise RuntimeError(
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "

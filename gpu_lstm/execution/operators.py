@@ -31,7 +31,8 @@ from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, Pass, problem_of
 from ..verification import verify
 
-# Named after the package, so that a copy inside another package has its own operators. So does a second import.
+# The namespace is named after the package, so that a copy inside another package has its own operators. If the package
+# is imported a second time, its namespace gets a number.
 _package = __name__.split(".execution")[0].replace(".", "_")
 _names = itertools.chain([_package], (f"{_package}_{n}" for n in itertools.count(2)))
 NAMESPACE = next(name for name in _names if not hasattr(getattr(torch.ops, name), "layer"))
@@ -58,22 +59,25 @@ class How(NamedTuple):
     reverse: bool
     backend: str  # from operator_name
     save: bool = False  # whether to return what backward reads
-    recompute: bool = False  # whether to return no gates even then
+    recompute: bool = False  # whether to return no gates even if `save`
 
     @property
     def asked(self) -> bool:
-        """Whether the user chose the backend, which then runs or raises."""
+        """Whether the backend must run or raise: the user chose it, or it has no kernels."""
         return not self.backend.startswith(AUTO)
 
 
 AUTO = "auto "
-"""Precedes the name of a kernel backend that the user did not choose. Another one replaces it where it cannot run."""
+"""The prefix of the name of a kernel backend that the user did not choose. If it cannot run, another one does."""
 BACKEND_OF = {prefix + backend.value: backend for backend in Backend for prefix in ("", AUTO)}
 """The Backend of each operator_name. (torch.compile of torch 2.9 does not trace Backend(name).)"""
 
 
 def operator_name(backend: Backend, argument: str | Backend | None) -> str:
-    """Return the name by which operators know a backend; `argument` is the user's, as for requested_backend."""
+    """Return the name by which operators know a backend. It begins with AUTO if the user did not choose these kernels.
+
+    `argument` is the user's argument `backend`, as in requested_backend.
+    """
     chosen = backend not in KERNEL_BACKENDS or requested_backend(argument) is not Backend.AUTO
     return backend.value if chosen else AUTO + backend.value
 
@@ -109,7 +113,7 @@ def without_kernels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a layer by operators of torch that autograd records: torch's own LSTM or GRU, or the reference.
 
-    `tensors` are the operator's, by TENSOR_NAMES. Returns h, h_n and c_n.
+    `tensors` are the tensors of the operator, in the order of TENSOR_NAMES. Returns h, h_n and c_n.
     """
     cell, inputs, second = CELLS[how.cell], Inputs(*tensors[:SECOND]), tensors[SECOND:]
     directions = [weights_of(inputs), *([Weights(*second)] if second and second[0] is not None else [])]
@@ -143,8 +147,10 @@ def _with_autograd(
 
 @contextlib.contextmanager
 def _apart(x: Tensor, record: bool) -> Iterator[None]:
-    """A block inside an operator, without autocast, on the device of x. Autograd, off inside operators, is on if
-    `record`."""
+    """A block inside an operator, on the device of x and without autocast.
+
+    Autograd, which is off inside operators, is on if `record`.
+    """
     with (
         private.autograd_inside_an_operator(), torch.set_grad_enabled(record),
         torch.autocast(x.device.type, enabled=False),
@@ -154,6 +160,7 @@ def _apart(x: Tensor, record: bool) -> Iterator[None]:
 
 
 def _forward(cell, reverse, backend, save, recompute, *tensors):
+    """Run a layer. Return h, h_n, c_n, gates and c. The last two are empty where backward does not read them."""
     how, inputs = How(cell, reverse, backend, save, recompute), Inputs(*tensors[:SECOND])
     no_gates, no_c = inputs.x.new_empty(0), inputs.c0.new_empty(0, dtype=torch.float32)
     runner = _runner(how, inputs, Pass(save=save))
@@ -161,10 +168,11 @@ def _forward(cell, reverse, backend, save, recompute, *tensors):
         h, h_n, c_n, gates, c = fused.forward(runner, inputs, save)
     elif (
         save and BACKEND_OF[backend] in KERNEL_BACKENDS
-    ):  # backward reads gates and c, which only the reference returns
+    ):  # backward reads gates and c, and only the reference returns them
         record = []
         with _apart(inputs.x, record=False):
-            wide = Inputs(*(t.float() if t is not None and t.is_floating_point() else t for t in inputs))  # as c is
+            # c is float32, so the reference computes in float32.
+            wide = Inputs(*(t.float() if t is not None and t.is_floating_point() else t for t in inputs))
             h, (h_n, c_n) = reference.layer_by_reference(CELLS[cell], wide, reverse, record.append)
             h, h_n, gates = (t.to(inputs.x.dtype, copy=True) for t in (h, h_n, record[0].gates))
             c_n, c = c_n.to(inputs.c0.dtype, copy=True), record[0].c
@@ -178,6 +186,7 @@ def _forward(cell, reverse, backend, save, recompute, *tensors):
 
 
 def _forward_fake(cell, reverse, backend, save, recompute, x, h0, c0, *_):
+    """Return tensors of the shapes and dtypes that `_forward` returns."""
     h = x.new_empty(*x.shape[:-1], h0.shape[0] * h0.shape[-1])
     by_kernels = save and BACKEND_OF[backend] in KERNEL_BACKENDS
     gates = x.new_empty((*x.shape[:2], 4 * c0.shape[-1]) if by_kernels and not recompute else (0,))
@@ -186,6 +195,7 @@ def _forward_fake(cell, reverse, backend, save, recompute, x, h0, c0, *_):
 
 
 def _backward(cell, reverse, backend, gradients, saved, needed, tensors):
+    """Return the gradients of those `tensors` that are `needed`, from the `gradients` of h, h_n and c_n."""
     (h, gates, c), (dh, dh_n, _), how = saved, gradients, How(cell, reverse, backend)
     inputs = Inputs(*tensors[:SECOND])
     runner = _runner(how, inputs, Pass(True, True, dh is not None, dh_n is not None))
@@ -206,6 +216,7 @@ def _backward(cell, reverse, backend, gradients, saved, needed, tensors):
 
 
 def _backward_fake(cell, reverse, backend, gradients, saved, needed, tensors):
+    """Return tensors of the shapes and dtypes that `_backward` returns."""
     wanted = itertools.compress(tensors, needed)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted]
 

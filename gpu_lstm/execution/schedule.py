@@ -24,7 +24,7 @@ from . import autograd
 WORKSPACE = 64 << 20  # the most bytes of a layer's pre-activations in memory at once, without autograd
 
 Streams = tuple[torch.cuda.Stream, ...]
-_pairs: dict[torch.device, Streams] = {}  # shared by all threads: the card has no room for a third launch beside two
+_pairs: dict[torch.device, Streams] = {}  # all threads share a pair, since the card has no room for a third launch
 
 
 class Schedule(NamedTuple):
@@ -51,7 +51,7 @@ def schedule_of(call: Request, size: int) -> Schedule:
 def by_kernels(
     call: Call, dtype: torch.dtype, backend: Backend, layers: Sequence[Layer], schedule: Schedule
 ) -> tuple[Tensor, list[State]]:
-    """Run all layers of a call in `dtype` by the kernels of `layers` [L*D]: as layer_loop.run_layers."""
+    """Run all layers of a call in `dtype` by the kernels of `layers` [L*D]. Return the same as run_layers."""
     run: RunLayer = partial(autograd.layer_by_kernels, layers, call)
     if schedule.longest < call.steps:
         run = partial(_in_chunks, schedule.longest, call.options.cell, run)
@@ -60,9 +60,9 @@ def by_kernels(
 
 
 def _in_chunks(longest: int, cell: Cell, run: RunLayer, given: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
-    """Run one layer in one direction in chunks of `longest` steps, without autograd: as layer_loop.RunLayer.
+    """Run one layer in one direction in chunks of `longest` steps, without autograd, as a layer_loop.RunLayer does.
 
-    The reverse direction begins with the last chunk. Between chunks c is float32.
+    `run` runs a chunk. The reverse direction begins with the last chunk. Between chunks c is float32.
     """
     x, h, c, traversal = given.x, given.h0, given.c0.float(), traversal_of(given, reverse)
     y = x.new_empty(*x.shape[:2], h.shape[2])
@@ -78,7 +78,7 @@ def _in_chunks(longest: int, cell: Cell, run: RunLayer, given: Inputs, row: int,
 def _side_by_side(
     streams: Streams, backend: Backend, run: RunLayer, k: int, inputs: list[Inputs]
 ) -> tuple[Tensor, list[State]]:
-    """Run the two directions of layer k, each on its own stream: as layer_loop.RunDirections."""
+    """Run the two directions of layer k, each on its own stream, as a layer_loop.RunDirections does."""
     results, current = [], torch.cuda.current_stream(inputs[0].x.device)
     for d, stream in enumerate(streams):
         hold_memory(stream, inputs[d])

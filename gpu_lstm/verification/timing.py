@@ -13,7 +13,7 @@ from ..kernels.contract import Prepare, Timer
 from ..kernels.private import is_profiled
 from ..kernels.timeouts import wait_and_check
 
-ROUNDS = 8  # the fastest one counts: in others, another job may have the card, or kernels may be loaded
+ROUNDS = 8  # the fastest counts: in the others, another job may hold the card, or kernels may be loaded
 
 
 def timer() -> Timer | None:
@@ -22,7 +22,7 @@ def timer() -> Timer | None:
 
 
 def is_disturbed() -> bool:
-    """Whether the host records each launch or waits for it, so that times would mislead later processes."""
+    """Whether a profiler records each launch, or the host waits for it. Such times would mislead later processes."""
     return is_profiled() or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
 
 
@@ -32,7 +32,7 @@ def least_seconds(
     """Time the plans, see contract.Timer.
 
     Raises:
-        torch.OutOfMemoryError: no plan can be timed, and for one of them because memory is full.
+        torch.OutOfMemoryError: every plan fails, and at least one of them because memory is full.
     """
     runs: dict[Any, Any] = {}
     seconds: dict[Any, float] = dict.fromkeys(plans, inf)

@@ -1,10 +1,11 @@
 """Verification: each kernel of a backend is tried on the present card before its results are used.
 
-Before a call first launches a kernel, the kernel runs a small problem, see docs/design.md. Each result and gradient is
-compared with the reference in float64. The error may be at most twice the error of torch's own layer in the same dtype,
-or twice the unit in the last place of the largest value. Where terms cancel, the error of torch's own is a matter of
-luck. There the limit is three times the largest error that random roundings in that dtype cause in the reference. A
-launch may write nothing outside its tensors. The verdict is cached on disk.
+Before a call first launches a kernel, the kernel runs small problems, see docs/design.md. Each result and gradient is
+compared with the reference in float64. The error is the root mean square over all small problems. It may be at most
+twice the error of torch's own layer in the same dtype, or twice the unit in the last place of the largest value. Where
+terms cancel, the error of torch's own is a matter of luck. A larger error is therefore compared with random roundings
+in that dtype: it may be at most three times the largest error that they cause in the reference. A launch may write
+nothing outside its tensors. The verdict is cached on disk.
 """
 
 import logging
@@ -34,9 +35,9 @@ from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
 from .timing import timer
 
 STEPS = 4  # T of a small problem, if the call has more than one step
-ENOUGH = 64  # elements of h in all small problems together, so that no single rounding decides
+ENOUGH = 64  # the least elements of h in all small problems together, so that no single rounding decides
 MOST_SEEDS = 16  # the most small problems
-DRAWS = 8  # of random roundings; an error of over three times the largest of their errors is no rounding
+DRAWS = 8  # how often the reference runs with random roundings
 AGAIN = "`python -m gpu_lstm races --clear` forgets that"
 ENDED = f"the process that tried it ended meanwhile; {AGAIN}"
 RATE = 0.25  # the rate of zoneout in eval()
@@ -73,12 +74,12 @@ def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
         except torch.OutOfMemoryError:
             raise
         except torch.AcceleratorError as error:
-            if checking.kernel is None or "captur" in str(error):  # another thread captures a graph
+            if checking.kernel is None or "captur" in str(error):  # no kernel ran, or another thread captures a graph
                 raise
             cache.write(cache.CHECKS, key, f"{str(error).splitlines()[0]}; {AGAIN}")
             tried = f"{error}\nThis came when {checking.kernel} was tried on {card}, for {problem}, {pass_}"
             named = torch.AcceleratorError(f"{tried}. The next process does not use it; {AGAIN}.{report}")
-            named.__dict__ |= vars(error)  # CUDA's code
+            named.__dict__ |= vars(error)  # the error code of CUDA
             raise named from error
         except RuntimeError as error:  # it timed out, for example next to another process, or cannot be launched
             verdict, report = f"{type(error).__name__}: {error}", ""
@@ -134,7 +135,7 @@ def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
 def _rms_error(results: Sequence[dict[str, Tensor]], name: str, true: Tensor) -> float:
     """Return the root mean square error of a result in all small problems."""
     found = torch.cat([each[name].double().flatten() for each in results])
-    return float((found - true).where(found != true, 0).square().mean().sqrt())  # inf - inf is NaN, and no error
+    return float((found - true).where(found != true, 0).square().mean().sqrt())  # inf - inf is NaN, but no error
 
 
 class Rounded(TorchDispatchMode):
@@ -239,7 +240,7 @@ class Small:
             return self.by_reference(torch.float64)[0]
 
     def yardstick(self) -> dict[str, Tensor]:
-        """Return the results of torch's own layer, or of the reference in the same dtype where torch's own has none.
+        """Return the results of torch's own layer, or of the reference in the same dtype if torch has no such layer.
 
         The reference also replaces torch's own where cuDNN fails, and for gradients of a GRU. Two gradients of its
         state are compared, one by way of h and one by way of c, and torch has only their sum.

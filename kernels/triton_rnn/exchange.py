@@ -72,13 +72,13 @@ def pack(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def in_phase(words, phase):
-    """Return words of float32 with a phase, 0 or 1, as their last bit. It costs half a unit in the last place."""
+    """Return words of float32 with a phase, 0 or 1, as their last bit. It costs at most one unit in the last place."""
     return (words & -2) | phase
 
 
 @triton.jit
 def of_the_next_thread(x):
-    """Return x [THREADS] int32 of the neighbouring thread, for an even thread of the next one."""
+    """Exchange x [THREADS] int32 within pairs: thread 2n gets x of thread 2n + 1, and thread 2n + 1 gets x of 2n."""
     return tl.inline_asm_elementwise(
         "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -97,8 +97,8 @@ def publish(word_ptr, words, mask):
 def grid_barrier(arrivals, times, poll_limit, step):
     """Let all programs wait for each other. After it, each can load the values that any of them stored before it.
 
-    `times` counts the barriers so far, including this one, since arrivals are never reset. The result is the result of
-    `wait_for`.
+    `times` counts the barriers so far, including this one, since arrivals are never reset. Returns the poll limit of
+    later waits, as `wait_for` does.
     """
     arrive(arrivals.arrivals_ptr, poll_limit)
     return wait_for(arrivals, 0, times, poll_limit, step)

@@ -41,5 +41,5 @@ def constraints(*letters: str | int) -> str:
 
 @constexpr_function
 def types(dtype: tl.dtype, count: int) -> tuple[tl.dtype, ...]:
-    """Return the types of the results of inline assembly."""
+    """Return the types of `count` results of inline assembly, all of one dtype."""
     return (dtype,) * count

@@ -1,4 +1,7 @@
-"""The launches of the Triton backend. A plan of a problem and pass is prepared once, and then only launched."""
+"""The launches of the Triton backend. A plan of a problem and pass is prepared once, and then only launched.
+
+This module is a contract.Launcher, which describes the functions without a docstring here.
+"""
 
 import contextlib
 import dataclasses
@@ -29,7 +32,7 @@ from .plans.planning import Plan, Pointwise
 
 INTERPRETED: bool = features.INTERPRETED.value
 MOST_STEPS, LEAST_STEPS = 256, 4  # limits of the steps with which plans are timed
-MOST_GATES = 1 << 24  # the elements of gates with which plans are timed, within these limits
+MOST_GATES = 1 << 24  # about the most elements of gates with which plans are timed
 
 Launch = Callable[..., None]
 """launch(kernel, grid, **arguments) launches a kernel. Arguments have the names of pointers and parameters."""
@@ -72,7 +75,7 @@ class Kernel:
                 self._compiled(*self._in_tuples(tuple(inside.values())), self._fixed["S"])
 
     def bind(self, arguments: dict[str, Any]) -> by_steps.Launch:
-        """See by_steps.Bind. A kernel that is loaded is bound to addresses. No changing argument is in a tuple."""
+        """See by_steps.Bind. A loaded kernel is bound to addresses. Arguments that change are in no tuple."""
         compiled = self._compiled
         if self._launch or launch_kernel or compiled is None or checking.on:
             return lambda **changed: self(arguments | changed)
@@ -95,7 +98,7 @@ def prepare(
 ) -> Launches:
     """See contract.Launcher. `launch` makes the launches, by default `launch_kernel`.
 
-    Programs of a trial wait for other programs for a second, and not as long as programs of the user's calls.
+    Programs of a trial wait for other programs for a second only. Programs of the user's calls wait longer.
     """
     family, backward = FAMILIES[type(plan.family)], pass_.backward
     p = family.within(problem)
@@ -156,7 +159,10 @@ def choose(
 
 
 def prepare_run(problem: Problem, device: torch.device, pass_: Pass, plan: Plan) -> Callable[[], object]:
-    """Return a function that runs a pass of a layer by a plan, on zeros. It has enough steps to time one of them."""
+    """Return a function that runs a pass of a layer by a plan, on zeros.
+
+    It runs enough steps to show the time of a step.
+    """
     layer = Layer(problem, device, launcher_of(BACKEND), trial=plan)
     enough = MOST_GATES // (4 * problem.batch * problem.hidden)
     steps = 1 if problem.steps == 1 else min(MOST_STEPS, max(LEAST_STEPS, enough))
@@ -182,7 +188,7 @@ def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[Recorde
         launches.append(RecordedLaunch(kernel, grid, arguments))
 
     meta, p = torch.device("meta"), FAMILIES[type(plan.family)].within(problem)
-    if p != problem:  # with a projection outside of the loop, backward is given a gradient of all m
+    if p != problem:  # the projection is outside of the loop, and gives the loop a gradient of m at all steps
         pass_ = pass_._replace(dh=True, dh_n=False)
     recorder: Any = SimpleNamespace(BACKEND=BACKEND, lacks=lacks, prepare=partial(prepare, launch=record))
     layer, given = Layer(p, meta, recorder, trial=plan), arguments_of(p, meta, pass_)

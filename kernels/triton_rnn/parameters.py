@@ -81,8 +81,8 @@ class HiddenBackward(NamedTuple):
     dh_n_ptr: Pointer  # [B, P] the given gradient of h_n
     dropout_h_ptr: Pointer  # [B, P]
     zoneout_h_ptr: Pointer  # [T*B, P], or one float32
-    dh_from_zoneout_ptr: Pointer  # [B, P] float32 zeros; out: the gradient of h before every step, as far as h stayed
-    dreset_h_ptr: Pointer  # [T*B, P] float32 zeros; out, only at resets: the same
+    dh_from_zoneout_ptr: Pointer  # [B, P] float32 zeros; out: the gradient of h before a step through zoneout
+    dreset_h_ptr: Pointer  # [T*B, P] float32 zeros; out, only at resets: the same gradient
 
 
 class CellBackward(NamedTuple):

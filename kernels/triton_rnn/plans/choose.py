@@ -37,7 +37,7 @@ from . import threads, tiles
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, rank
 
 MOST = 3  # plans that a first call compiles and times, before it falls back on the plan that always works
-MOST_LONGER = 1.25  # how many times the best plan's rank a plan that batch sizes share may have
+MOST_LONGER = 1.25  # the most rank of a plan that batch sizes share, as a multiple of the rank of the best plan
 SLOW_S = 2.0  # the seconds of silence before a log line explains the wait
 WARPS = 32  # the warps of a block of the empty kernel, the most that CUDA allows
 
@@ -183,8 +183,8 @@ def choose_plan(
 ) -> Plan:  # fmt: skip
     """Return the best plan whose kernels compile and fit, and that is not refused. Raise NoKernel if there is none.
 
-    launches(plan) are the launches of a plan, and refuses(plan) is the reason not to use it, or None. With `times`, and
-    if no plan was measured before, the fastest of the first plans is the best. Otherwise the first one in order is.
+    launches(plan) returns the launches of a plan, and refuses(plan) the reason not to use it, or None. With `times`,
+    and if no plan was measured before, the fastest of the first plans is the best. Otherwise the first one in order is.
     """
     card = card_of(device)
     tried = candidates(problem, card, pass_)

@@ -25,7 +25,7 @@ DEVICES = {
     "b200": Card(100, 148, "NVIDIA B200", 1.85e9, 8.0e12),
 }
 INTERPRETER = Card(0, 1, "Triton's interpreter")
-"""The interpreter runs programs one after another. So a program cannot wait for another one."""
+"""Triton's interpreter, as a card. It runs programs one after another, so a program cannot wait for another one."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Plan:
     backend: ClassVar = "triton"
     family: Resident | Cooperative | Pointwise | Step | Held
     rows: int  # the sequences of a batch tile
-    units: int  # the hidden units whose cells a program computes
+    units: int  # the hidden units whose cells a program computes; in the step family, for each of its tiles
     programs: int  # the programs of a group, which together have all units
     groups: int  # each group has batch tiles of its own; in the step family one group has all of them
     num_warps: int
@@ -199,7 +199,7 @@ HOST_SECONDS = 5e-6  # the host's time for a product by cuBLAS, or for a launch
 
 
 def rank(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
-    """Return about how many clocks a step takes. The plan with the least is tried first."""
+    """Return about how many clocks a step takes. The plan with the fewest is tried first."""
     p, family = problem.of_head, plan.family
     rate = 128 if p.exact_float32 else 4 * 4096 / p.size / product_clocks(card)  # multiply-adds a clock
     if isinstance(family, Pointwise):

@@ -48,7 +48,7 @@ def cooperative_plans(problem: Problem, card: Card, backward: bool, apart: bool)
             groups = card.multiprocessors // (programs * problem.side_by_side)
             shared = 2 * warps * rows * ROWS * 4  # twice the sums of all warps
             fits = groups > 0 and registers <= MOST_REGISTERS and shared <= STATIC_SHARED
-            if fits and own_rows in (rows, 3 * units):  # a part of a tile stays empty only with three rows a unit
+            if fits and own_rows in (rows, 3 * units):  # with three rows a unit, a tile of 16 rows may be partly empty
                 why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange "
                 why += "dgates" if backward else "h"
                 ahead = problem.batch > groups * ROWS and not backward
@@ -71,9 +71,9 @@ def as_words(x: Tensor) -> Tensor:
 
 
 def transposed_gates(p: Problem, r: Recurrence, partners: int, own: int) -> Tensor:
-    """Return the words of W_hh^T for the `own` gates of each of some `partners`: [partners, H, own, W] int32.
+    """Return the words of W_hh^T, [partners, H, own, W] int32, where each of the `partners` multiplies `own` gates.
 
-    One of the two numbers may be -1, since together they have all gates.
+    One of the two numbers may be -1, since their product is the number of gates.
     """
     weight_hh, units = r.inputs.weight_hh, r.inputs.weight_hh.shape[1]
     by_gate = weight_hh.view(partners, own, p.heads, units, units)
@@ -127,7 +127,7 @@ def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, T
 
 
 def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """As `forward_arguments`, for the backward kernel."""
+    """Return the further tensors that the backward kernel reads, by the names of pointers."""
     weights = transposed_gates(p, r, plan.family.partners, -1)
     return {"weights_ptr": weights, "words_ptr": memory["dgates_ptr"].view(torch.int32), "dgates_ptr": None}
 

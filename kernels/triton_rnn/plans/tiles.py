@@ -31,7 +31,7 @@ def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
     if problem.exact_float32:
         most //= 2  # products without tensor cores need registers, too
     rows = max(16, min(power_of_two(problem.batch), most))
-    units = 16  # a forward product has four gates of them
+    units = 16  # with four gates, a forward product has 64 columns
     k = 128 // problem.size  # 128 bytes of each row at a time
     stage = (rows + units * (1 if backward else 4)) * k * problem.size
     side_by_side = problem.of_head.side_by_side
@@ -45,7 +45,7 @@ def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
 # (Sequences, units) of the tiles of the held family. wgmma takes a multiple of 64 columns of the product. In forward a
 # unit has four columns.
 HELD_FORWARD = [*itertools.product((16, 32, 64), (16, 32))]
-# With more than 64 units in backward, wgmma would read W_hh from where it is not (dev/compile_table/triton_issue.md).
+# With more than 64 units in backward, wgmma would read W_hh from wrong addresses (dev/compile_table/triton_issue.md).
 HELD_BACKWARD = [(16, 64), (32, 64)]
 
 
@@ -83,8 +83,8 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """Return the best two plans, by `rank`, that split the product of backward into parts of K.
 
-    A program multiplies one part of K for more than 16 units. With 16 units and all of K it would read far more of
-    dgates than of W_hh.
+    A program multiplies one part of K for the units of all parts: 64 or 128 units instead of 8, 16 or 32. With all of K
+    for 16 units, it would read far more of dgates than of W_hh.
     """
     if not backward or problem.side_by_side > card.multiprocessors or problem.exact_float32:
         return []
