@@ -26,7 +26,7 @@ class Cell(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """The float32 numbers that a unit has in c, K. The c of all steps, which backward reads, has only the first."""
+        """K, the count of numbers of a unit in c. The c of all steps, which backward reads, has only the first of them."""
         return len(self.empty)
 
     def empty_like(self, c: Tensor) -> Tensor | float:
