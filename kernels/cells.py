@@ -26,7 +26,7 @@ class Cell(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """K, the count of numbers of a unit in c. The c of all steps, which backward reads, has only the first of them."""
+        """K, the count of numbers of a unit in c. The c of all steps, which backward reads, has only the first."""
         return len(self.empty)
 
     def empty_like(self, c: Tensor) -> Tensor | float:
