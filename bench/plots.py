@@ -69,7 +69,7 @@ def instead(rows: pd.DataFrame) -> Figure | None:
     title, bold = "Workarounds for torch.nn, beside one call", {"weight": "bold", "size": 9}
     figure.legend(loc="outside upper center", ncols=3, title=title, title_fontproperties=bold)
     device, date = lines["device"].iloc[0], lines["date"].max()[:10]
-    sizes = f"{report.sizes(base)} (steps, sequences, units), except where a row names another size"
-    caption = f"Training, {sizes}.\nThe best and the worst case of each workaround.\n{device}, {date}"
+    sizes = f"{report.sizes(base)} (steps, sequences, units), except where a row says another size"
+    caption = f"{sizes}.\nTraining; each workaround's best and worst case.\n{device}, {date}"
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=7, color="0.35")
     return figure
