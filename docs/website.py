@@ -129,15 +129,15 @@ class Docstrings(Extension):
 
 
 def in_markdown(docstring: str) -> str:
-    """Put the code of an example into a fence, and escape products such as D*L, which would be emphasis."""
+    """Put code and tables into fences. Outside of these, escape products such as D*L, which would be emphasis."""
 
-    def example(match: re.Match[str]) -> str:
-        code = re.sub("^    ", "", match[1].rstrip(), flags=re.MULTILINE)
-        return f"**Example**\n\n```python\n{code}\n```"
+    def fenced(match: re.Match[str]) -> str:
+        text, code = match[1], re.sub("^    ", "", match[2].rstrip(), flags=re.MULTILINE).replace(r"\*", "*")
+        head, language = ("**Example**", "python") if text == "Example" else (f"{text}:", "text")
+        return f"{head}\n\n```{language}\n{code}\n```\n\n"
 
     docstring = re.sub(r"(?<=\w)\*(?=\w)", r"\*", docstring)
-    docstring = re.sub(r"^Example::\n\n((?:    .*(?:\n|$)|\n)+)", example, docstring, flags=re.MULTILINE)
-    return re.sub(r"::$", ":", docstring, flags=re.MULTILINE)
+    return re.sub(r"^(.*)::\n\n((?:    .*(?:\n|$)|\n)+)", fenced, docstring, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":

@@ -87,9 +87,8 @@ class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
 
     if TYPE_CHECKING:
 
+        def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
         def forward(self, input: Tensor, hx: State | None = None) -> State: ...
-
-        __call__ = forward
 
 
 class GRUCell(RecurrentCell, RNNCellBase):
@@ -117,6 +116,5 @@ class GRUCell(RecurrentCell, RNNCellBase):
 
     if TYPE_CHECKING:
 
+        def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
         def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
-
-        __call__ = forward
