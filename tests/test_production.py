@@ -106,8 +106,9 @@ def test_in_the_image_a_first_training_and_a_first_inference_compile_and_verify_
     assert f"kept in {folder}/compiled/" in check.stdout
 
 
-def test_a_size_that_was_not_named_is_verified_at_its_first_call(image):
-    done = in_process(FIRST_CALLS, str(HIDDEN + 1), XDG_CACHE_HOME=str(image / "opt"))
+def test_a_size_that_was_not_named_is_verified_at_its_first_call(image, tmp_path):
+    shared = dict(GPU_LSTM_SHARED_CACHE=str(image / "opt/gpu_lstm"), XDG_CACHE_HOME=str(tmp_path))
+    done = in_process(FIRST_CALLS, str(HIDDEN + 1), **shared)
     assert "verified again" in done.stderr
 
 
@@ -280,7 +281,9 @@ SERVED = """
 
 
 def test_an_export_binds_the_name_of_a_backend_and_runs_where_that_cannot(image, tmp_path):
-    here = dict(XDG_CACHE_HOME=str(image / "opt"), TRITON_INTERPRET=None)
+    # Verdicts go to a folder of their own: the image is shared with tests that expect none.
+    shared = dict(GPU_LSTM_SHARED_CACHE=str(image / "opt/gpu_lstm"), XDG_CACHE_HOME=str(tmp_path))
+    here = shared | {"TRITON_INTERPRET": None}
     done = in_process(EXPORTED, str(tmp_path), **here)
     assert done.returncode == 0, done.stderr
     does_without = "'auto' does without '{}', for which the program was made: ".format
