@@ -64,7 +64,7 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
     own, alike = ((each, able, device, mode) for each in (kind, kind.rounded()))
     known = decided.get(own) or decided.get(alike)
     decision = known or _cached(kind, able, device, mode)
-    if dry or call.modes.capturing:  # the first call that is neither races
+    if dry or call.modes.capturing:  # a later call, neither dry nor captured, races
         if decision is not None:
             return decision
         expected = expected_winner(kind, able, device)
@@ -119,7 +119,9 @@ def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
 
 
 def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision:
-    """Return the decision for a kind that was not raced. It depends on no measurement on this machine.
+    """Return the decision for a kind that was not raced. It measures nothing.
+
+    If plans were timed before, the chosen plan decides, otherwise the first proposal.
 
     The kernels are expected to win where torch's own cannot run the call. For calls on a CPU that it can run, cpu_rule
     decides. On a card the kernels are expected to win in two more cases: torch's own would run the call more slowly

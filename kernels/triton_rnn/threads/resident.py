@@ -15,7 +15,8 @@ A program owns 8 sequences and all hidden units, or the units of one head. The w
                                                                        v
     memory: h, c, activated gates  <--------------------------------  h and c of the warp's own cells
 
-Backward is the same with dz in the place of h and W_hh^T in the place of W_hh. A product takes one gate at a time.
+Backward has dz in the place of h and W_hh^T in the place of W_hh, and its product comes after the cells. So no product
+hides the loads of a step. A product takes one gate at a time.
 
 The layout of mma.sync (fragments.py) decides which cells a thread owns. Its cell n belongs to the unit
 8 (n // 2) + column of the warp, and to the sequence 2 quarter + n % 2. So a thread keeps its cells from step to step,
