@@ -47,6 +47,8 @@ FAMILIES = {  # by the beginning of the names of their kernels
     "step": "Step: W_hh read from L2 at every step",
     ("after", "before"): "CUDA C++, through CuPy: a launch a step, next to a product by cuBLAS",
 }
+
+
 def _of_loop(name: str) -> Callable[[Report], object]:
     return lambda row: getattr(row.loop, name, "")
 
