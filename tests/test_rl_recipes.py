@@ -179,12 +179,22 @@ def test_rsl_rl(recipes, starts, kind, states):
                 each[:, done] = 0
     # States of every step; only the first one counts.
     saved = [torch.cat([each[None], torch.randn(T - 1, L, N, H)]) for each in states]
-    found = list(recipes.minibatches(x, starts.byte().unsqueeze(-1), saved, 2))
-    assert [each.shape for each, _, _ in found] == [(T, 3, I), (T, 2, I)]
-    for some, (part, resets, first) in zip(([0, 1, 2], [3, 4]), found):
+    of_steps = ("actions", "values", "advantages", "returns", "actions_log_prob")
+    storage = SimpleNamespace(
+        **dict.fromkeys(of_steps, torch.arange(T * N).view(T, N, 1)), observations=x, distribution_params=(x,),
+        dones=starts.byte().unsqueeze(-1), num_envs=N, Batch=SimpleNamespace,
+        saved_hidden_state_a=saved, saved_hidden_state_c=[-each for each in saved],
+    )  # fmt: skip
+    found = list(recipes.recurrent_mini_batch_generator(storage, 2, 3))
+    for some, batch in zip([slice(0, 2), slice(2, 4)] * 3, found, strict=True):
+        for name in (*of_steps[:4], "old_actions_log_prob"):
+            assert torch.equal(getattr(batch, name), storage.actions[:, some])
+        (first, its), part = batch.hidden_states, batch.observations
+        assert torch.equal(batch.old_distribution_params[0], part)
+        close(given(its), [-each for each in given(first)])
         y, *_ = loop(theirs, x[:, some], [each[:, some] for each in states], after(starts)[:, some])
         call = lambda resets: [recipes.forward(memory, part, masks=resets, hidden_state=first)]  # noqa: B023, E731
-        check(call, list(ours.parameters()), [y], list(theirs.parameters()), resets)
+        check(call, list(ours.parameters()), [y], list(theirs.parameters()), batch.masks)
 
 
 def test_skrl(recipes, starts, kind, states):

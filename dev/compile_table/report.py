@@ -4,6 +4,7 @@ Counts are static: an instruction of the time loop counts once. Its predicate do
 polls, tiles or K.
 """
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -52,6 +53,7 @@ class Report:
     tensor_core: str = ""  # the PTX instruction, or "" if there is none
     weight_loads: int = 0  # loads of W_hh inside the time loop
     in_profiles: str = ""  # the name that a profiler shows
+    digest: str = ""  # of the binary
     misplaced: int = 0  # products that do not read W_hh where it was stored in shared memory, see placement.py
 
     @property
@@ -70,7 +72,8 @@ def read(cubin: bytes, architecture: int, dynamic: int) -> dict[str, Any]:
     ((registers, spills, declared),) = (map(int, numbers) for numbers in usage)
     declared = max(0, declared - RESERVED * (architecture >= 90))
     loop = time_loop(_cuobjdump("-sass", cubin)) if architecture >= READABLE else None
-    return dict(registers=registers, spills=spills, shared=declared + dynamic, loop=loop)
+    shared, digest = declared + dynamic, hashlib.sha256(cubin).hexdigest()
+    return dict(registers=registers, spills=spills, shared=shared, loop=loop, digest=digest)
 
 
 def time_loop(sass: str) -> Loop | None:

@@ -51,7 +51,11 @@ _log_once = functools.lru_cache(MOST_DECISIONS)(logger.info)
 def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decision:
     """Decide which backend runs a kind of call. The candidates are `able` and the backend without kernels.
 
-    If `dry`, nothing is raced or kept. If there is no decision yet, the result is the expected winner.
+    A decision is looked up in this process, and then on disk. If there is none, the kernels are verified and raced. The
+    result holds for all batch sizes that are rounded up to the same power of two (`alike`). If the kernels fail later
+    for one of these sizes, that size gets a decision of its own (`own`).
+
+    If `dry`, nothing is raced or kept. If there is no decision yet, the result is then the expected winner.
 
     Raises:
         torch.OutOfMemoryError: memory is too full to verify the kernels, and nothing is decided.
@@ -64,14 +68,14 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
     own, alike = ((each, able, device, mode) for each in (kind, kind.rounded()))
     known = decided.get(own) or decided.get(alike)
     decision = known or _cached(kind, able, device, mode)
-    if dry or call.modes.capturing:  # a later call, neither dry nor captured, races
+    if dry or call.modes.capturing:  # nothing may be raced now, and nothing is kept, so that a later call races
         if decision is not None:
             return decision
         expected = expected_winner(kind, able, device)
         races = dry and mode is Racing.ON and _is_raced(kind, able)
         return expected._replace(why=f"{expected.why}; the first call races it") if races else expected
     if decision is None and mode is not Racing.ON and is_compiled_once(able):
-        decision = expected_winner(kind, able, device)  # if torch's own is expected, no kernel is verified
+        decision = expected_winner(kind, able, device)  # if it is torch's own, no kernel is compiled
     if decision is None or decision.backend is able:
         decision = _settle(call, kind, able, mode, decision)
     if decision is known:
@@ -80,7 +84,7 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
         decided.clear()
     if known is None:
         decision = decided.setdefault(alike, _agreed(decision, _key(kind, able, device)))
-    else:  # the kernels fail, but only for this batch size
+    else:  # `known` names the kernels, and for this batch size they fail
         decided[own] = decision
     logger.info("%s: %s", describe(kind, device), decision)
     return decision
