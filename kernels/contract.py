@@ -114,8 +114,9 @@ class Launches(NamedTuple):
     error_ptr: Tensor | None = None  # see timeouts.error_word
     at_once: int | None = None  # how many launches fit the card together; None if programs do not wait for each other
     of_x: bool = False  # whether forward takes x in place of the gates, and multiplies it in the loop
-    step: Callable[..., None] | None = None
-    """step(x, h0, c0, h, h_n, c_n, weights) runs one step of a layer. All arguments but the weights are addresses."""
+    inference: Callable[..., None] | None = None
+    """inference(T, x, h0, c0, h, h_n, c_n, weights) runs a layer of float32 without saving. All but T and the weights
+    are addresses. The weights may have any strides. If `h` is 0, only the final states are stored."""
 
 
 class OnlyPlan(NamedTuple):

@@ -196,7 +196,7 @@ def test_all_steps_of_a_variant_are_one_call_of_a_loop(monkeypatch, words):
     calls, run_in = [], build.run
     monkeypatch.setattr(build, "run", lambda *given: (calls.append(given), run_in(*given)))
     run(module, x)
-    assert len(calls) == 2
+    assert len(calls) == 3  # the second one copies W_hh into panels for the backward pass
 
 
 def test_what_it_does_not_run_is_refused_by_name_and_never_chosen():

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backends.one_step import is_one
+from ..backends.plain_inference import is_plain
 from ..backends.torch_rnn import MOST_STEPS
 from ..call import roles
 from ..call.modes import Recording
@@ -26,7 +26,7 @@ class Kind(NamedTuple):
     training: bool  # whether backward follows forward
     recompute: bool  # whether backward recomputes the gates
     feature: str | None  # the feature that the fewest backends support, in words; None if all support all
-    one_step: bool = False  # see backends/one_step.py
+    plain: bool = False  # see backends/plain_inference.py
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,7 +91,7 @@ def kind_of(call: Request) -> Kind:
     feature = options.feature or (RESET_STATES if traversal.reset_states is not None else None)
     power = power_of_two(steps + (steps == MOST_STEPS + 1))
     return Kind(
-        tuple(problems), tuple([i for i, *_ in sizes]), power, call.learns, options.recompute, feature, is_one(call)
+        tuple(problems), tuple([i for i, *_ in sizes]), power, call.learns, options.recompute, feature, is_plain(call)
     )
 
 
