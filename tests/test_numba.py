@@ -165,7 +165,8 @@ def test_an_inference_that_resets_to_given_states(words):
     lambda: (gpu_lstm.SLSTM(3, 20, heads=2), gpu_lstm.SLSTM(3, 20, heads=2, backend="reference")),
     lambda: (gpu_lstm.StackedGRU(3, [8, 5]), gpu_lstm.StackedGRU(3, [8, 5], backend="reference")),
 ])  # fmt: skip
-def test_a_step_is_one_call_of_a_compiled_function_a_layer(monkeypatch, build_):
+@pytest.mark.parametrize("steps_", [1, 5])
+def test_a_few_steps_are_one_call_of_a_compiled_function_a_layer(monkeypatch, build_, steps_):
     (ours, theirs), calls = build_(), []
     theirs.load_state_dict(ours.state_dict())
     ours.backend = "numba"
@@ -173,7 +174,7 @@ def test_a_step_is_one_call_of_a_compiled_function_a_layer(monkeypatch, build_):
     x = (
         torch.randn(2, ours.input_size)
         if is_cell
-        else torch.randn(*([2, 1] if ours.batch_first else [1, 2]), ours.input_size)
+        else torch.randn(*([2, steps_] if ours.batch_first else [steps_, 2]), ours.input_size)
     )
     with torch.no_grad():
         found = expected = ours(x)  # which may compile
@@ -187,6 +188,26 @@ def test_a_step_is_one_call_of_a_compiled_function_a_layer(monkeypatch, build_):
                 found[0].fill_(torch.nan)  # which changes no state
     layers = 1 if is_cell else getattr(ours, "num_layers", 2)
     assert len(calls) == 3 * layers
+
+
+@pytest.mark.usefixtures("nan_in_fresh_memory")
+@pytest.mark.parametrize("steps_", [2, launch.FEW_STEPS, launch.FEW_STEPS + 1, launch.CHUNK + 6])
+@pytest.mark.parametrize(("words", "layers"), [
+    ("", 1), ("gru deep", 2), ("slstm heads", 1), ("four-heads batch-first", 1), ("no-bias no-hx", 1),
+])  # fmt: skip
+@pytest.mark.parametrize("batch", [1, 9])  # 9 sequences are shared out to two threads
+def test_an_inference_is_one_call_of_a_loop_for_each_layer(monkeypatch, steps_, words, layers, batch):
+    """One more call copies the weights into panels, if there are more than a few steps."""
+    monkeypatch.setattr(launch, "LEAST", 1)
+    size, words = (steps_, batch, 17, 20), f"{words} no-grad"
+    check(size, words, "numba", torch.float32, seeds=1)
+    module = built(size, {*words.split()}, backend="numba")
+    x, hx, rest = call_of(module, size, {*words.split()}, 0)
+    run_in, calls = build.run, []
+    monkeypatch.setattr(build, "run", lambda *given: (calls.append(given), run_in(*given)))
+    with torch.no_grad():
+        module(x, hx, **rest)
+    assert len(calls) == layers * (1 if steps_ <= launch.FEW_STEPS else 2)
 
 
 @pytest.mark.parametrize("words", ["norms", "norm-hh", "norm-c", "masks peepholes"])

@@ -27,9 +27,9 @@ def is_plain(call: Request) -> bool:
 
 def infer(call: Request, layers: Sequence[Layer]) -> tuple[Tensor | None, list[State]]:
     """Return the output [T, B, H], or None for a cell, and the final states in the blocks of the call."""
-    options, x, number, T = call.options, call.x.contiguous(), 0, call.steps
-    y = None
+    options, x, y, number, T = call.options, call.x.contiguous(), None, 0, call.steps
     source, finals, rows = x.data_ptr(), [], options.role.lead[0] if options.role.lead else 1
+    is_cell = type(options.role) is roles.Cell
     for h0, c0 in call.states:
         h0, c0 = h0.contiguous(), c0.contiguous()
         h_n = torch.empty_like(h0)
@@ -39,7 +39,8 @@ def infer(call: Request, layers: Sequence[Layer]) -> tuple[Tensor | None, list[S
         sizes = h0.nbytes // rows, c0.nbytes // rows
         for k in range(rows):
             of_h, of_c = k * sizes[0], k * sizes[1]
-            if type(options.role) is not roles.Cell and (T > 1 or number == len(layers) - 1):
+            x = x if y is None else y  # it is kept while the layer reads it
+            if T > 1 or not (is_cell or number < len(layers) - 1):  # a layer reads one step from the final state
                 y = x.new_empty(T, call.batch, options.sizes[number].hidden)
             out = 0 if y is None else y.data_ptr()
             states = before[0] + of_h, before[1] + of_c, out, after[0] + of_h, after[1] + of_c
