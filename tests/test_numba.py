@@ -210,6 +210,14 @@ def test_an_inference_is_one_call_of_a_loop_for_each_layer(monkeypatch, steps_, 
     assert len(calls) == layers * (1 if steps_ <= launch.FEW_STEPS else 2)
 
 
+def test_torch_profiler_names_the_layers_of_an_inference():
+    lstm, x = gpu_lstm.LSTM(3, 4, 2, backend="numba"), torch.randn(2, 3, 3)
+    with torch.no_grad(), torch.profiler.profile() as profiler:
+        lstm(x)
+    names = {event.name for event in profiler.events() if event.name.startswith("gpu_lstm ")}
+    assert names == {"gpu_lstm layer 0 forward, numba", "gpu_lstm layer 1 forward, numba"}
+
+
 @pytest.mark.parametrize("words", ["norms", "norm-hh", "norm-c", "masks peepholes"])
 def test_all_steps_of_a_variant_are_one_call_of_a_loop(monkeypatch, words):
     module, x = built((7, 5, 3, 12), {*words.split()}, backend="numba"), torch.randn(7, 5, 3)

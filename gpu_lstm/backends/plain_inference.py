@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from ..call import roles
+from ..call.choices import Backend
 from ..call.modes import Recording, Transforms
 from ..call.request import Request
 from ..call.weights import State
 from ..kernels.layer import Layer
+from ..kernels.private import is_profiled
+from .layer_loop import named
 
 
 def is_plain(call: Request) -> bool:
@@ -25,7 +28,7 @@ def is_plain(call: Request) -> bool:
     return plain and usual and modes.autocast is None and call.form.packed is None
 
 
-def infer(call: Request, layers: Sequence[Layer]) -> tuple[Tensor | None, list[State]]:
+def infer(call: Request, backend: Backend, layers: Sequence[Layer]) -> tuple[Tensor | None, list[State]]:
     """Return the output [T, B, H], or None for a cell, and the final states in the blocks of the call."""
     options, x, y, number, T = call.options, call.x.contiguous(), None, 0, call.steps
     source, finals, rows = x.data_ptr(), [], options.role.lead[0] if options.role.lead else 1
@@ -44,6 +47,11 @@ def infer(call: Request, layers: Sequence[Layer]) -> tuple[Tensor | None, list[S
                 y = x.new_empty(T, call.batch, options.sizes[number].hidden)
             out = 0 if y is None else y.data_ptr()
             states = before[0] + of_h, before[1] + of_c, out, after[0] + of_h, after[1] + of_c
-            layers[number].inference(T, source, *states, call.weights[number][0])  # type: ignore[misc]
+            arguments = T, source, *states, call.weights[number][0]
+            if is_profiled():
+                with named(number, 0, backend):
+                    layers[number].inference(*arguments)  # type: ignore[misc]
+            else:
+                layers[number].inference(*arguments)  # type: ignore[misc]
             source, number = out or after[0] + of_h, number + 1
     return y, finals

@@ -41,7 +41,7 @@ def execute(route: Route, request: Request, record: reference.Record | None = No
     if backend is Backend.TORCH and operators is None and (given := torch_rnn.as_given(request)) is not None:
         y, states = given
     elif plain and all([layer.inference is not None for layer in layers]):
-        y, states = plain_inference.infer(request, layers)
+        y, states = plain_inference.infer(request, backend, layers)
     elif scheduled is not None:
         y, states = schedule.by_kernels(request.call(), dtype, backend, layers, scheduled)
     elif operators is not None:
