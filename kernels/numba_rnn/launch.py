@@ -96,7 +96,7 @@ def divided(p: Problem, backward: bool, T: int, features: int, threads: int, tri
     chunk = min(T, by_rows or T, max(1, CHUNK // p.batch) if in_one else CHUNK // 8)
     N, K = p.gates * p.columns, p.columns
     of_head = N * whole_vectors(K) if backward else K * whole_vectors(N)
-    panels = 0 if T <= by_rows else p.heads * of_head + features * whole_vectors(p.heads * N)
+    panels = 0 if by_rows >= T else p.heads * of_head + features * whole_vectors(p.heads * N)
     return Division(count, share, chunk, by_rows, panels)
 
 
