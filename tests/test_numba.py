@@ -159,6 +159,7 @@ def test_an_inference_that_resets_to_given_states(words):
 @pytest.mark.parametrize("build_", [
     lambda: (gpu_lstm.LSTM(3, 20, 2), torch.nn.LSTM(3, 20, 2)),
     lambda: (gpu_lstm.GRU(3, 20, 2), torch.nn.GRU(3, 20, 2)),
+    lambda: (gpu_lstm.LSTM(3, 20, bidirectional=True), torch.nn.LSTM(3, 20, bidirectional=True)),
     lambda: (gpu_lstm.GRU(17, 5, bias=False, batch_first=True), torch.nn.GRU(17, 5, bias=False, batch_first=True)),
     lambda: (gpu_lstm.LSTMCell(3, 20), torch.nn.LSTMCell(3, 20)),
     lambda: (gpu_lstm.GRUCell(3, 20), torch.nn.GRUCell(3, 20)),
@@ -186,7 +187,7 @@ def test_a_few_steps_are_one_call_of_a_compiled_function_a_layer(monkeypatch, bu
             torch.testing.assert_close(found, expected)
             if not is_cell:
                 found[0].fill_(torch.nan)  # which changes no state
-    layers = 1 if is_cell else getattr(ours, "num_layers", 2)
+    layers = 1 if is_cell else getattr(ours, "num_layers", 2) * (1 + ours.bidirectional)
     assert len(calls) == 3 * layers
 
 
@@ -194,6 +195,7 @@ def test_a_few_steps_are_one_call_of_a_compiled_function_a_layer(monkeypatch, bu
 @pytest.mark.parametrize("steps_", [2, launch.FEW_STEPS, launch.FEW_STEPS + 1, launch.CHUNK + 6])
 @pytest.mark.parametrize(("words", "layers"), [
     ("", 1), ("gru deep", 2), ("slstm heads", 1), ("four-heads batch-first", 1), ("no-bias no-hx", 1),
+    ("gru both deep", 4),
 ])  # fmt: skip
 @pytest.mark.parametrize("batch", [1, 9])  # 9 sequences are shared out to two threads
 def test_an_inference_is_one_call_of_a_loop_for_each_layer(monkeypatch, steps_, words, layers, batch):

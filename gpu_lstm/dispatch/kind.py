@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backends.plain_inference import is_plain
+from ..backends.plain_inference import can_infer
 from ..backends.torch_rnn import MOST_STEPS
 from ..call import roles
 from ..call.modes import Recording
@@ -91,7 +91,7 @@ def kind_of(call: Request) -> Kind:
     feature = options.feature or (RESET_STATES if traversal.reset_states is not None else None)
     power = power_of_two(steps + (steps == MOST_STEPS + 1))
     return Kind(
-        tuple(problems), tuple([i for i, *_ in sizes]), power, call.learns, options.recompute, feature, is_plain(call)
+        tuple(problems), tuple([i for i, *_ in sizes]), power, call.learns, options.recompute, feature, can_infer(call)
     )
 
 
