@@ -195,13 +195,13 @@ def test_a_few_steps_are_one_call_of_a_compiled_function_a_layer(monkeypatch, bu
 @pytest.mark.parametrize("steps_", [2, launch.FEW_STEPS, launch.FEW_STEPS + 1, launch.CHUNK + 6])
 @pytest.mark.parametrize(("words", "layers"), [
     ("", 1), ("gru deep", 2), ("slstm heads", 1), ("four-heads batch-first", 1), ("no-bias no-hx", 1),
-    ("gru both deep", 4),
+    ("gru both deep", 4), ("ragged resets both", 2), ("slstm ragged resets", 1), ("gru ragged three-heads deep", 2),
 ])  # fmt: skip
 @pytest.mark.parametrize("batch", [1, 9])  # 9 sequences are shared out to two threads
 def test_an_inference_is_one_call_of_a_loop_for_each_layer(monkeypatch, steps_, words, layers, batch):
     """One more call copies the weights into panels, if there are more than a few steps."""
     monkeypatch.setattr(launch, "LEAST", 1)
-    size, words = (steps_, batch, 17, 20), f"{words} no-grad"
+    size, words = (steps_, batch, 17, 24), f"{words} no-grad"
     check(size, words, "numba", torch.float32, seeds=1)
     module = built(size, {*words.split()}, backend="numba")
     x, hx, rest = call_of(module, size, {*words.split()}, 0)

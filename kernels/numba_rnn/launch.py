@@ -27,7 +27,14 @@ BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
 TENSORS = frozenset(record.TENSORS)
 STOPS = "zcmh"  # the names in by_steps.Part, in the order of record.STOPS
-PLAIN = {"h0", "c0", "weight_hh", "bias_hh"}  # tensors of the loop in an inference that `inference_of` can run
+PLAIN = {
+    "h0",
+    "c0",
+    "weight_hh",
+    "bias_hh",
+    "resets",
+    "lengths",
+}  # tensors of the loop in an inference that `inference_of` can run
 CHUNK = 64  # rows of x that are multiplied at once; for one sequence at a time, an eighth of that
 LEAST = 1 << 14  # T B H for which another thread pays
 FEW_STEPS = 8  # so many products read W_hh as it is, because a copy in panels costs more than it gains
@@ -106,7 +113,9 @@ def inference_of(p: Problem) -> Callable[..., None]:
     rest, function = array("q", call.tobytes())[len(record.PLAIN) :], build.function(LOOPS[False])
     of_h, divisions = p.batch * p.hidden, lru_cache(partial(divided, p, False))
 
-    def run(T: int, x: int, h0: int, c0: int, h: int, h_n: int, c_n: int, weights: Any) -> None:
+    def run(
+        T: int, x: int, h0: int, c0: int, h: int, h_n: int, c_n: int, resets: int, lengths: int, weights: Any
+    ) -> None:  # fmt: skip
         features = 0 if weights.weight_ih is None else weights.weight_ih.shape[1]
         count, share, chunk, by_rows, panels = divisions(T, features, torch.get_num_threads())
         of_gates = 4 * of_h * chunk if features else 0
@@ -119,7 +128,8 @@ def inference_of(p: Problem) -> Callable[..., None]:
         scratch = gates + SIZE * of_gates
         row = array("q", [0 if t is None else t.data_ptr() for t in given])
         row.extend((x, h0, c0, h, h_n, c_n, z, gates, z + SIZE * 4 * of_h, scratch))
-        row.extend((scratch + SIZE * count * record.SCRATCH, features, T, share, chunk, by_rows, False))
+        row.extend((scratch + SIZE * count * record.SCRATCH, resets, lengths))
+        row.extend((features, T, share, chunk, by_rows, False))
         if not features:
             row[X], row[GATES] = 0, x
         row.extend(rest)

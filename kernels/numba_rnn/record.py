@@ -13,6 +13,7 @@ PLAIN = (
     "h", "h_n", "c_n",  # [T*B, H]; [B, H]; [K, B, H]
     "z", "gates", "h_next", "scratch",  # [B, heads, 4 D]; [T*B, 4H], or [chunk*B, 4H] with x; [B, H]; [shares, SCRATCH]
     "panels",  # see `make_panels`
+    "resets", "lengths",  # [T*B] bool; [B] int64
     "I", "T", "share", "chunk",  # input features; steps; sequences that a thread takes; steps whose W_ih x is in gates
     "by_rows",  # the number of first steps whose products read the weights as they are, instead of panels
     "makes_panels",  # whether the call only makes the panels
@@ -29,7 +30,6 @@ TENSORS = (
     "weight_peephole",  # [3H]
     "gain_hh", "gain_c", "bias_c",  # [4H]; [H]; [H], of the layer norms inside a step
     "v_hh", "mean_hh", "scale_hh", "v_c", "mean_c", "scale_c",  # backward a problem.Normed of each
-    "resets", "lengths",  # [T*B] bool; [B] int64
 )  # fmt: skip
 OF_A_PART = (
     "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "masks",
