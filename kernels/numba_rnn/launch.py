@@ -27,14 +27,8 @@ BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
 TENSORS = frozenset(record.TENSORS)
 STOPS = "zcmh"  # the names in by_steps.Part, in the order of record.STOPS
-PLAIN = {
-    "h0",
-    "c0",
-    "weight_hh",
-    "bias_hh",
-    "resets",
-    "lengths",
-}  # tensors of the loop in an inference that `inference_of` can run
+# The tensors that the loop reads in a plain inference, see `inference_of`.
+PLAIN = {"h0", "c0", "weight_hh", "bias_hh", "resets", "lengths"}
 CHUNK = 64  # rows of x that are multiplied at once; for one sequence at a time, an eighth of that
 LEAST = 1 << 14  # T B H for which another thread pays
 FEW_STEPS = 8  # so many products read W_hh as it is, because a copy in panels costs more than it gains

@@ -6,7 +6,7 @@ from numba import from_dtype, types
 from .functions import cast
 from .tile import ROWS, UNITS
 
-PLAIN = (
+OF_PLAIN = (
     "weight_ih", "weight_hh", "bias_ih", "bias_hh",  # [GATES H, I]; [GATES H, D]; [GATES H], if not in gates
     "taken",  # int64, the counter of shares that are taken
     "x", "h0", "c0",  # [T*B, I], where the loop multiplies x; [B, H]; [K, B, H]
@@ -14,14 +14,17 @@ PLAIN = (
     "z", "gates", "h_next", "scratch",  # [B, heads, 4 D]; [T*B, 4H], or [chunk*B, 4H] with x; [B, H]; [shares, SCRATCH]
     "panels",  # see `make_panels`
     "resets", "lengths",  # [T*B] bool; [B] int64
+)  # fmt: skip
+"""The tensors of a plain inference."""
+PLAIN = (
+    *OF_PLAIN,
     "I", "T", "share", "chunk",  # input features; steps; sequences that a thread takes; steps whose W_ih x is in gates
     "by_rows",  # the number of first steps whose products read the weights as they are, instead of panels
     "makes_panels",  # whether the call only makes the panels
 )  # fmt: skip
-"""The fields of a plain inference that differ between calls. They are the first ones, see `launch.inference_of`."""
-SIZES_OF_PLAIN = 6
+"""The fields that differ between plain inferences. They are the first in a record, see `launch.inference_of`."""
 TENSORS = (
-    *PLAIN[:-SIZES_OF_PLAIN],
+    *OF_PLAIN,
     "dgates", "dz",  # of the sizes of gates and z
     "dh", "dh_total", "reset_h", "c", "reset_c", "dreset_h", "dreset_c",  # [T*B, H]
     "zoneout_h", "zoneout_c",  # [T*B, H] bool, where the state before stays; or float32 [], the share of it that stays
