@@ -115,7 +115,7 @@ class Launches(NamedTuple):
     at_once: int | None = None  # how many launches fit the card together; None if programs do not wait for each other
     of_x: bool = False  # whether forward takes x in place of the gates, and multiplies it in the loop
     inference: Callable[..., None] | None = None
-    """inference(T, x, h0, c0, h, h_n, c_n, resets, lengths, weights) runs a layer of float32 without saving.
+    """inference(T, x, (h0, c0, h, h_n, c_n), (resets, lengths), weights) runs a layer of float32 without saving.
 
     All arguments but T and the weights are addresses, of contiguous tensors. Absent tensors are 0. Without `h` only the
     final states are stored. Those of sequences of length 0 stay as they are. `lengths` are int64."""

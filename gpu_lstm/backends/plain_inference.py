@@ -35,7 +35,8 @@ def infer(call: Request, backend: Backend, layers: Sequence[Layer]) -> tuple[Ten
     options, x, number, T = call.options, call.x.contiguous(), 0, call.steps
     is_cell, rows = type(options.role) is roles.Cell, options.role.lead[0] if options.role.lead else 1
     resets, lengths = call.traversal[:2]
-    resets, lengths = resets if resets is None else resets.contiguous(), lengths if lengths is None else lengths.long()
+    resets = None if resets is None else resets.contiguous()
+    lengths = None if lengths is None else lengths.long().contiguous()
     marks = [0 if t is None else t.data_ptr() for t in (resets, lengths)]
     finals, outputs = [], []
     for h0, c0 in call.states:
@@ -48,8 +49,8 @@ def infer(call: Request, backend: Backend, layers: Sequence[Layer]) -> tuple[Ten
         for row in range(rows):
             of_h, of_c, (k, d) = row * sizes[0], row * sizes[1], divmod(number, options.directions)
             y = None if is_cell else x.new_empty(T, call.batch, options.sizes[k].hidden)
-            states = before[0] + of_h, before[1] + of_c, 0 if y is None else y.data_ptr(), after[0] + of_h
-            arguments = T, x.data_ptr(), *states, after[1] + of_c, *marks, call.weights[k][d]
+            out, new = 0 if y is None else y.data_ptr(), (after[0] + of_h, after[1] + of_c)
+            arguments = T, x.data_ptr(), (before[0] + of_h, before[1] + of_c, out, *new), marks, call.weights[k][d]
             with named(k, d, backend) if is_profiled() else NOTHING:
                 layers[number].inference(*arguments)  # type: ignore[misc]
             number += 1

@@ -1,7 +1,7 @@
 """The Numba backend: runs the time loop of steps.py, or by_steps.py where a projection is in the middle of a step."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from math import ceil
 from typing import Any, NamedTuple
@@ -107,9 +107,7 @@ def inference_of(p: Problem) -> Callable[..., None]:
     rest, function = array("q", call.tobytes())[len(record.PLAIN) :], build.function(LOOPS[False])
     of_h, divisions = p.batch * p.hidden, lru_cache(partial(divided, p, False))
 
-    def run(
-        T: int, x: int, h0: int, c0: int, h: int, h_n: int, c_n: int, resets: int, lengths: int, weights: Any
-    ) -> None:  # fmt: skip
+    def run(T: int, x: int, states: Sequence[int], marks: Sequence[int], weights: Any) -> None:
         features = 0 if weights.weight_ih is None else weights.weight_ih.shape[1]
         count, share, chunk, by_rows, panels = divisions(T, features, torch.get_num_threads())
         of_gates = 4 * of_h * chunk if features else 0
@@ -121,8 +119,8 @@ def inference_of(p: Problem) -> Callable[..., None]:
         gates = z + SIZE * 5 * of_h
         scratch = gates + SIZE * of_gates
         row = array("q", [0 if t is None else t.data_ptr() for t in given])
-        row.extend((x, h0, c0, h, h_n, c_n, z, gates, z + SIZE * 4 * of_h, scratch))
-        row.extend((scratch + SIZE * count * record.SCRATCH, resets, lengths))
+        row.extend((x, *states, z, gates, z + SIZE * 4 * of_h, scratch))
+        row.extend((scratch + SIZE * count * record.SCRATCH, *marks))
         row.extend((features, T, share, chunk, by_rows, False))
         if not features:
             row[X], row[GATES] = 0, x
