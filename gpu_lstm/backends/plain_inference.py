@@ -34,7 +34,7 @@ def infer(call: Request, backend: Backend, layers: Sequence[Layer]) -> tuple[Ten
     """Return the output [T, B, D*H], or None for a cell, and the final states in the blocks of the call."""
     options, x, number, T = call.options, call.x.contiguous(), 0, call.steps
     is_cell, rows = type(options.role) is roles.Cell, options.role.lead[0] if options.role.lead else 1
-    resets, lengths = call.traversal[:2]
+    lengths, resets, *_ = call.traversal
     resets = None if resets is None else resets.contiguous()
     lengths = None if lengths is None else lengths.long().contiguous()
     marks = [0 if t is None else t.data_ptr() for t in (resets, lengths)]
