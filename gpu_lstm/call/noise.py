@@ -23,8 +23,6 @@ def draw(
     A mask is bool [T, B, D*P]. It is True where dropout keeps an element of a layer's output. It is None without
     dropout, and for the last layer. `sizes` is (T, B). `dtype` is the dtype that the layers compute in.
     """
-    if not options.noisy:
-        return [[NO_NOISE] * len(layer) for layer in layers], [None] * len(layers)
     device = layers[0][0].weight_hh.device
     noise: list[list[Noise]] = []
     for size, layer in zip(options.sizes, layers):

@@ -51,7 +51,7 @@ def prepare(
         if role.kept > 1:
             raise ValueError(f"{RESET_STATES} are not supported by {role.name}: its resets leave an empty state")
         if resets is None:
-            raise ValueError(f"Expected resets together with {RESET_STATES}, which say what they leave, got None")
+            raise ValueError(f"Expected resets together with {RESET_STATES}, got None")
         pairs = role.reset_states_in(form, x, sizes, reset_states)
         traversal = traversal._replace(reset_states=pairs)
         others += [t for pair in pairs for t in pair]

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from ..backends import torch_rnn
 from ..backends.layer_loop import computes_in_float32
-from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Recording, Transforms, constant_when_traced, recurrent_precision
 from ..call.request import Request
@@ -19,7 +19,6 @@ from .run import Route, execute
 
 MOST_ROUTES = 4096  # the number of routes that are kept; a program with more kinds of calls decides again
 BATCH_OF_A_GRAPH = 16  # the assumed batch size, since a graph serves all batch sizes
-TOO_MANY = MOST_STEPS + 1  # the least T that cuDNN refuses; it is rounded up to the next power of two, as in `kind_of`
 
 _routes: dict[tuple, Route] = {}
 
@@ -37,9 +36,9 @@ def route_of(call: Request) -> Route:
     # All facts from which the Kind follows, as a call has them at hand. Steps are rounded as in `kind_of`. bias_c is
     # the only tensor of lstm_layer whose presence does not follow from the options.
     key = (
-        call.options, x.dtype, call.states[0][1].dtype, x.device, (steps - (steps != TOO_MANY)).bit_length(),
-        call.batch, call.form.packed is None, None if lengths is None else lengths.dtype, resets is None,
-        reset_states is None, call.learns, call.modes, call.weights[0][0].bias_c is None,
+        call.options, x.dtype, call.states[0][1].dtype, x.device, (steps - 1).bit_length(),
+        torch_rnn.too_long(x, steps), call.batch, call.form.packed is None, None if lengths is None else lengths.dtype,
+        resets is None, reset_states is None, call.learns, call.modes, call.weights[0][0].bias_c is None,
     )  # fmt: skip
     route = _routes.get(key)
     if route is None:
@@ -49,7 +48,7 @@ def route_of(call: Request) -> Route:
         except torch.OutOfMemoryError:
             if requested_backend(call.options.backend) is not Backend.AUTO:
                 raise
-            backend = race.other_than_kernels(kind)
+            backend = kind.other
             what = f"backend 'auto' uses {backend.value!r} for {describe(kind, x.device)}"
             cache.warn_once(f"{what}: memory is full, where the kernels have to be verified")
             return race.build(call, kind, backend)  # not kept, so the next call tries again
@@ -87,7 +86,7 @@ def _route_while_watched(call: Request) -> Route:
     name = operator_name(backend, call.options.backend)
     if name.startswith(AUTO) and available.is_compiled_once(backend):
         # A program that is recorded here should also run where the package of this backend is missing.
-        return Route(race.other_than_kernels(kind), dtype_of(call))
+        return Route(kind.other, dtype_of(call))
     count_flops()
     return operators_route(backend, dtype_of(call), name, computes_in_float32(backend, dtype_of(call)))
 
@@ -117,7 +116,7 @@ def _route_in_a_graph(call: Request) -> Route:
     if problem:
         raise getattr(builtins, name, RuntimeError)(problem)  # errors of torch, as for full memory, are RuntimeErrors
     if call.modes.recording == Recording.ONNX and name.startswith(AUTO):
-        name, wide = race.other_than_kernels(kind).value, False
+        name, wide = kind.other.value, False
     backend, compiled = BACKEND_OF[name], call.modes.recording == Recording.COMPILED
     operators = name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None
     return operators_route(backend, kind.dtype, operators, wide)
