@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ..backends import torch_rnn
 from ..backends.layer_loop import computes_in_float32
+from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Recording, Transforms, constant_when_traced, recurrent_precision
 from ..call.request import Request
@@ -37,7 +37,7 @@ def route_of(call: Request) -> Route:
     # the only tensor of lstm_layer whose presence does not follow from the options.
     key = (
         call.options, x.dtype, call.states[0][1].dtype, x.device, (steps - 1).bit_length(),
-        torch_rnn.too_long(x, steps), call.batch, call.form.packed is None, None if lengths is None else lengths.dtype,
+        steps > MOST_STEPS, call.batch, call.form.packed is None, None if lengths is None else lengths.dtype,
         resets is None, reset_states is None, call.learns, call.modes, call.weights[0][0].bias_c is None,
     )  # fmt: skip
     route = _routes.get(key)
