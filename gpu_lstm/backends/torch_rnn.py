@@ -107,7 +107,7 @@ def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """Run all layers of a call that `as_given` does not support, in `dtype`. Return the same as run_layers."""
     options, cell = call.options, call.options.cell
     is_plain = call.traversal.is_plain() and not isinstance(options.role, roles.Function)
-    if is_plain and options.in_one_call:
+    if is_plain and options.in_one_call and len({c.dtype for _, c in call.states}) == 1:
         y, final = stack(cell, call.x, joined(call.states), call.weights, options.dropout, options.training)
         return y, split(final)
 
