@@ -14,7 +14,7 @@ from ..execution.operators import AUTO, BACKEND_OF, count_flops, operator_name
 from ..kernels import cache, layer
 from ..kernels.problem import Problem
 from . import available, race
-from .kind import Kind, describe, dtype_of, kind_of
+from .kind import Kind, describe, kind_of
 from .run import Route, execute
 
 MOST_ROUTES = 4096  # the number of routes that are kept; a program with more kinds of calls decides again
@@ -82,18 +82,13 @@ def _route_while_watched(call: Request) -> Route:
     kind = kind_of(call._replace(steps=1, batch=1))
     backend = able_to_run(call, kind)
     if backend not in KERNEL_BACKENDS:
-        return Route(backend, dtype_of(call))
+        return Route(backend, kind.dtype)
     name = operator_name(backend, call.options.backend)
     if name.startswith(AUTO) and available.is_compiled_once(backend):
         # A program that is recorded here should also run where the package of this backend is missing.
-        return Route(kind.other, dtype_of(call))
+        return Route(kind.other, kind.dtype)
     count_flops()
-    return operators_route(backend, dtype_of(call), name, computes_in_float32(backend, dtype_of(call)))
-
-
-def operators_route(backend: Backend, dtype: torch.dtype, operators: str | None, wide: bool) -> Route:
-    """Return the route of a call whose layers are operators, with results in `dtype`, computed in float32 if `wide`."""
-    return Route(backend, torch.float32 if wide else dtype, operators, results=dtype if wide else None)
+    return Route(backend, kind.dtype, name, wide=computes_in_float32(backend, kind.dtype))
 
 
 def _route_in_a_graph(call: Request) -> Route:
@@ -119,7 +114,7 @@ def _route_in_a_graph(call: Request) -> Route:
         name, wide = kind.other.value, False
     backend, compiled = BACKEND_OF[name], call.modes.recording == Recording.COMPILED
     operators = name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None
-    return operators_route(backend, kind.dtype, operators, wide)
+    return Route(backend, kind.dtype, operators, wide=wide)
 
 
 @constant_when_traced
