@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .call.checks import check_dimensions, check_heads, check_tensor, named_weights
 from .call.choices import AnyBackend
-from .call.prepare import prepare_layer
+from .call.prepare import request_of_layer
 from .call.weights import State, Weights
 from .dispatch.route import run_call
 from .kernels import heads as products
@@ -78,7 +78,7 @@ def lstm_layer(
         ValueError: There are more steps, sequences or units than the kernels of the backend can count.
         ImportError, RuntimeError, TypeError: A chosen backend cannot run. The message says why.
     """
-    return run_call(prepare_layer(LSTM, x, named_weights(weights, LSTM), hx, **how))
+    return run_call(request_of_layer(LSTM, x, named_weights(weights, LSTM), hx, **how))
 
 
 def gru_layer(
@@ -101,7 +101,7 @@ def gru_layer(
     Raises:
         RuntimeError, TypeError, ValueError, ImportError: See `lstm_layer`.
     """
-    return run_call(prepare_layer(GRU, x, named_weights(weights, GRU), hx, **how))
+    return run_call(request_of_layer(GRU, x, named_weights(weights, GRU), hx, **how))
 
 
 def slstm_layer(
@@ -128,7 +128,7 @@ def slstm_layer(
         if tensor is not None or name != "bias":
             check_tensor(tensor, name)
             check_dimensions(name, tensor, dimensions)  # type: ignore[arg-type]
-    return run_call(prepare_layer(SLSTM, z, Weights(None, weight_hh, bias), hx, **how))
+    return run_call(request_of_layer(SLSTM, z, Weights(None, weight_hh, bias), hx, **how))
 
 
 def of_heads(weight_hh: Tensor, heads: int) -> Tensor:

@@ -114,6 +114,7 @@ TABLE = [
      (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched deep no-hx resets"),
      (1, "4,5,3,130", MIX, f"{ONCE} masks recompute", f"{OF_ALL} both masks"), (1, "3,9,16,260", "ragged resets"),
      (1, "3,5,3,260", "heads states masks ragged"), (1, "4,9,3,15", f"three-heads {MOST} expected", "three-heads cell"),
+     (1, "4,4,3,3", "three-heads"),  # heads of one unit
      (1, "4,5,3,9", f"{OF_ALL} both masks recompute", f"{OF_ALL} expected no-grad"),
      (1, "3,5,3,130,7", f"layer {MIX}", "masks ragged recompute", "expected no-grad"), (1, "3,4,3,9,140", "masks")),
     # The kernels in CUDA C++.

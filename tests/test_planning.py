@@ -106,7 +106,7 @@ def test_large_steps_are_products_by_cublas(dtype, precision, backward):
 
 
 @both_ways
-@pytest.mark.parametrize("change", [dict(projected=48), dict(dropout_h=True)], ids=str)
+@pytest.mark.parametrize("change", [dict(projected=48), dict(dropout_h=True), dict(projected=48, zoneout_c=3)], ids=str)
 def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change):
     """The step family is different: it has smaller tiles with noise."""
     for hidden in (64, 768):

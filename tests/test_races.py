@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
+from gpu_lstm.backends import torch_rnn
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import race, route, stopwatch
@@ -227,7 +228,7 @@ def layers_of(monkeypatch, plan):
     ("resident", 1, {}, "triton"), ("cooperative", 1, {}, "triton"), ("cooperative", 2, {}, "torch"),
     ("step", 1, {}, "torch"), ("step held", 1, {}, "triton"), ("step held", 2, {}, "torch"),
     ("pointwise", 1, {}, "torch"), ("step", 1, dict(lengths=torch.int64), "triton"), ("step", 1, RESETS, "triton"),
-    ("step", 1, dict(projected=3), "triton"), ("step", 1, dict(feature="zoneout"), "triton"),
+    ("step", 1, dict(projected=3), "triton"), ("step", 1, dict(torch_lacks="zoneout"), "triton"),
     ("", 1, {}, "torch"), ("", 1, RESETS, "cupy"),
 ])  # fmt: skip
 def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, winner):
@@ -237,8 +238,8 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
     asked = layers_of(monkeypatch, lambda problem: plan)
     kind = kind_of(_call(gpu_lstm.LSTM(4, 5, bidirectional=True)))
     changes = {**options}
-    feature = changes.pop("feature", None)
-    kind = kind._replace(feature=feature, problems=tuple(p._replace(**changes) for p in kind.problems))
+    lacks = changes.pop("torch_lacks", None)
+    kind = kind._replace(torch_lacks=lacks, problems=tuple(p._replace(**changes) for p in kind.problems))
     able = Backend.TRITON if family else Backend.CUPY
     assert race.expected_winner(kind, able, INPUT.device).backend.value == winner
     assert [(problem.hidden, problem.side_by_side) for problem in asked] in ([(5, 2)], [])
@@ -281,13 +282,18 @@ def test_a_cached_race_that_lies_is_ignored_with_one_line():
     assert race._cached(kind, Backend.TRITON, INPUT.device, choices.Racing.ON).backend is Backend.TORCH
 
 
-def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, monkeypatch):
+@pytest.mark.parametrize("on_card", [False, True])
+def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, monkeypatch, on_card):
     """A race is of fewer steps, and torch would win it. torch runs 65,535 steps, which have a route of their own. Both
-    65,535 and 65,536 steps are rounded up to 65,536, and the key of a route does that in its own way."""
+    65,535 and 65,536 steps are rounded up to 65,536, and the key of a route does that in its own way. On a CPU torch
+    runs any number of steps."""
+    if on_card:
+        monkeypatch.setattr(torch_rnn, "too_long", lambda x, steps: steps > torch_rnn.MOST_STEPS)
     monkeypatch.setattr(race, "LONGEST", 3)  # the interpreter is slow
     stubbed(triton=2e-3, torch=1e-3)
     calls = [_call(x=torch.zeros(steps, 1, 4)) for steps in (65_535, 65_536, 65_535, 70_000)]
-    assert [route.route_of(call).backend.value for call in calls] == ["torch", "triton", "torch", "triton"]
+    others = "triton" if on_card else "torch"
+    assert [route.route_of(call).backend.value for call in calls] == ["torch", others, "torch", others]
 
 
 def test_a_part_of_a_card_is_another_card(monkeypatch):

@@ -226,6 +226,12 @@ def test_on_the_host_resets_after_the_first_step_are_steps_of_one_call(monkeypat
         assert sizes == [steps]
 
 
+def test_layers_of_a_stack_return_c_in_the_dtypes_in_which_it_was_given():
+    stack, dtypes = gpu_lstm.StackedLSTM(3, [4, 4], backend="torch", dtype=BF16), [BF16, torch.float32]
+    states = [(torch.zeros(B, 4, dtype=BF16), torch.zeros(B, 4, dtype=dtype)) for dtype in dtypes]
+    assert [c.dtype for _, c in stack(torch.randn(T, B, 3, dtype=BF16), states)[1]] == dtypes
+
+
 @both_kinds
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_step_with_lengths_is_a_step_and_a_choice(monkeypatch, kind, learns):

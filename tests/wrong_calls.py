@@ -160,7 +160,7 @@ def of_lengths_and_resets():
 
 
 def of_reset_states():
-    yield "ValueError: Expected resets together with reset_states, ..., got None", "m.lstm(SEQ, reset_states=(H0, C0))"
+    yield "ValueError: Expected resets together with reset_states, got None", "m.lstm(SEQ, reset_states=(H0, C0))"
     sizes = "ValueError: Expected {0} of reset_states of size [{1}2, 4], one a sequence, or [{1}5, 2, 4], one a step, "
     sizes = f"{sizes}got {{2}}".format
     for text, call, states in (

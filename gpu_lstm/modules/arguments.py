@@ -11,7 +11,7 @@ from ..call import roles
 from ..call.checks import check_bool, check_heads, check_positive, check_unprojected
 from ..call.choices import BackendName, parse_backend_name
 from ..call.options import NORMS, Options, options_of
-from ..call.prepare import prepare
+from ..call.prepare import request_of
 from ..call.regularisers import BY_NAME, OURS, REGULARISER_NAMES
 from ..call.request import Request
 from ..call.weights import LAYER_NORM, PEEPHOLES, weights_now
@@ -270,7 +270,7 @@ class Layers(Checked):
     ) -> Request:  # fmt: skip
         """Return the request of a call, checked."""
         options = self._options()
-        return prepare(options, self._weights(options.names), input, hx, lengths, resets, reset_states)
+        return request_of(options, self._weights(options.names), input, hx, lengths, resets, reset_states)
 
     def _options(self: Any) -> Options:
         """Return the Options that follow from the current attributes."""

@@ -13,7 +13,7 @@ from ..backends.torch_rnn import step_of_cell
 from ..call import roles
 from ..call.choices import AnyBackend
 from ..call.options import Options, options_of
-from ..call.prepare import prepare, takes_torchs_cell
+from ..call.prepare import request_of, takes_torchs_cell
 from ..call.weights import State
 from ..dispatch.route import run_call
 from ..kernels.cells import GRU, LSTM
@@ -50,7 +50,7 @@ class RecurrentCell(DropIn):
         if takes_torchs_cell(options, input, state, weights[0][0]):
             found = step_of_cell(options.cell, input, (state[0], state[-1]), weights[0][0])
             return found[0] if options.one_state else found
-        return run_call(prepare(options, weights, input, hx))[1]
+        return run_call(request_of(options, weights, input, hx))[1]
 
     def _init_torchs(self: Any, **arguments: Any) -> None:
         RNNCellBase.__init__(self, num_chunks=self._cell.rows, **arguments)

@@ -194,7 +194,7 @@ def _how(call: Request, backend: Backend) -> str:
     if packed and call.traversal.resets is None and type(call.options.role) is Module:
         return f"{theirs} runs the PackedSequence as it is"
     if packed or not call.traversal.is_plain():
-        return f"{theirs}, a call for each layer and direction; gates are shut from outside at ends and resets"
+        return f"{theirs}, a call for each layer and direction; added input features hold or clear its state"
     return f"{theirs}, {'all layers in one call' if call.options.in_one_call else 'a call for each layer'}"
 
 

@@ -116,7 +116,8 @@ def run_all(p: Problem, backward: bool, arguments: dict[str, Any]) -> None:
         call["chunk"] = chunk = min(T, max(1, CHUNK // p.batch) if in_one else CHUNK // 8)
         given["gates_ptr"] = torch.empty(chunk, p.batch, 4 * p.hidden, device="cpu")
     if T > 1:
-        weight = arranged(arguments["weight_hh_ptr"], p.width)  # [heads, D, GATES D], or of one head [GATES D, D]
+        # [heads, D, GATES D], or of one head [GATES D, D]. For heads of one unit `arranged` returns a view.
+        weight = arranged(arguments["weight_hh_ptr"], p.width).contiguous()
         of_heads = weight.mT if (p.heads > 1) == backward else weight
         K, N = of_heads.shape[-2:]
         size = p.heads * K * whole_vectors(N) + features * whole_vectors(p.heads * N)
