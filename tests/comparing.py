@@ -1,8 +1,6 @@
 """Limits of errors: results are as close to the float64 oracle as those of torch's own LSTM, or equal those of another
 module within rounding."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -28,14 +26,12 @@ SIGMAS = {4: 4, 2: 2}  # how many sigmas of counted roundings are allowed, by th
 OF_A_STEP = 22  # the number of roundings to half precision in a step
 FAR = 1000  # times the allowed error: chance does not reach it, and a fault of 1 % in float32 exceeds it
 
-# By name: our error, their error and the truth of each call.
-Errors = dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]
-Truth = Callable[[type[np.ndarray]], dict[str, np.ndarray]]
-"""truth(kind) returns the results of a call by the oracle, which computes with arrays of `kind`."""
-
 
 def judge(errors, dtype, yardstick, truths, steps):
     """Check that the RMS error of every result and gradient is at most twice that of the yardstick in the same dtype.
+
+    `errors` has, by name, (our error, their error, the truth) of each call. `truths` has a function for each call:
+    truth(kind) returns the results by the oracle, which computes with arrays of `kind`.
 
     docs/testing.md explains the limit. An RMS below the unit in the last place of the largest element counts as that
     unit.

@@ -16,7 +16,6 @@ from gpu_lstm.call.weights import NAMES
 
 T, B, I, H = 4, 3, 3, 4
 SIZES = [4, 2]  # units of the layers of a StackedLSTM
-KINDS = ("LSTM", "LSTMCell", "StackedLSTM", "GRU", "GRUCell", "StackedGRU")
 LENGTHS = torch.tensor([2, 0, 4])
 RESETS = torch.tensor([[0, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 1]]).bool()  # [T, B], some of them in the padding
 RAGGED = dict(lengths=LENGTHS, resets=RESETS)

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import DEVICE
+from comparing import DEVICE, PLACES
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
@@ -151,11 +151,12 @@ def test_a_call_is_cast_as_by_hand(backend, projected):
     assert all(map(torch.equal, found, by_hand))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "numba"])
 def test_without_autocast_a_float32_c_beside_half_precision_is_not_rounded(backend):
-    module, c = gpu_lstm.LSTM(I, H, backend=backend, device=DEVICE).to(DTYPE), torch.rand(1, B, H, device=DEVICE)
-    h, lengths = torch.zeros(1, B, H, device=DEVICE, dtype=DTYPE), torch.zeros(B, dtype=torch.int64, device=DEVICE)
-    assert torch.equal(module(inputs().to(DTYPE), (h, c), lengths=lengths)[1][1], c)
+    device = PLACES[backend]["device"]
+    module, c = gpu_lstm.LSTM(I, H, backend=backend).to(device, DTYPE), torch.rand(1, B, H, device=device)
+    x, h, lengths = (t.to(device) for t in (inputs().to(DTYPE), torch.zeros(1, B, H).to(DTYPE), torch.zeros(B).long()))
+    assert torch.equal(module(x, (h, c), lengths=lengths)[1][1], c)
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])

@@ -116,7 +116,12 @@ TABLE = [
      (1, "3,5,3,260", "heads states masks ragged"), (1, "4,9,3,15", f"three-heads {MOST} expected", "three-heads cell"),
      (1, "4,4,3,3", "three-heads"),  # heads of one unit
      (1, "4,5,3,9", f"{OF_ALL} both masks recompute", f"{OF_ALL} expected no-grad"),
-     (1, "3,5,3,130,7", f"layer {MIX}", "masks ragged recompute", "expected no-grad"), (1, "3,4,3,9,140", "masks")),
+     (1, "3,5,3,130,7", f"layer {MIX}", "masks ragged recompute", "expected no-grad"), (1, "3,4,3,9,140", "masks"),
+     # The loop multiplies x only where nothing else is in the gates: here W_hh h of the states is.
+     (1, "1,4,3,6", "ragged states no-grad"), (1, "5,4,3,6", "ragged states no-grad")),
+    # It computes half precision in float32.
+    *(("numba", dtype, (3, "9,5,3,8", "deep both", "packed", "ragged states", "norms peepholes", "expected", "no-grad",
+                        "residual", "cell", "recompute four-heads")) for dtype in (BF16, F16)),
     # The kernels in CUDA C++.
     ("cupy", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, "5,4,3,13,7", MIX, "ragged states"),
      (2, "5,3,4,6", f"{MIX} recompute", "no-hx", "reverse ragged", "no-grad both"),
@@ -154,6 +159,7 @@ SLSTMS = [
     ("numba", F32, (2, "4,4,3,8", f"deep heads {MIX}", "both packed no-hx", "layer no-bias", "stream deep",
                     "dropout_h both ragged", "no-grad no-hx"),
      (1, "4,5,3,130", BACK), (1, "3,9,3,260", f"heads {BACK}"), (1, "4,1,3,15", "unbatched three-heads both")),
+    *(("numba", dtype, (3, "9,5,3,8", "heads")) for dtype in (BF16, F16)),
     ("cupy", F32, (1, "4,3,3,15", "no-grad no-hx")),
     ("cupy", F16, (1, "4,5,3,130", MIX)),
 ]  # fmt: skip

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from cases import built, call_of, check, with_random_parameters
@@ -18,11 +17,7 @@ from gpu_lstm.kernels.numba_rnn import build, launch
 from gpu_lstm.kernels.numba_rnn.equations import GRU, LSTM
 from gpu_lstm.verification import verify
 
-numba = pytest.importorskip("numba")
-
-
-F32 = np.finfo(np.float32)
-
+pytest.importorskip("numba")
 
 # Planted faults: a loop is given wrong sizes or addresses. Verification finds each, and `auto` uses another backend.
 
