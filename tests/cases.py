@@ -126,7 +126,9 @@ def call_of(module, size, words, seed):
 
 def packed(module, x, *hx, lengths, **rest):
     first = module.batch_first
-    y, states = module(pack_padded_sequence(x, lengths.cpu(), batch_first=first, enforce_sorted=False), *hx, **rest)
+    given = pack_padded_sequence(x, lengths.cpu(), batch_first=first, enforce_sorted=False)
+    y, states = module(given, *hx, **rest)
+    assert all(map(torch.equal, y[1:], given[1:])), "other sizes of batches, or another order"
     return pad_packed_sequence(y, batch_first=first)[0], states
 
 
