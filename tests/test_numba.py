@@ -42,9 +42,8 @@ def test_a_kind_of_call_is_raced_once(monkeypatch, nothing_cached, winner, train
     assert raced.call_count == len([*cache.entries(cache.RACES)]) == 2
 
 
-def test_a_short_call_does_without_loops_that_are_not_compiled(monkeypatch, nothing_cached):
-    raced = Mock(side_effect=race.race)
-    monkeypatch.setattr(race, "race", raced)
+def test_a_short_call_does_without_loops_that_are_not_compiled(monkeypatch, spy, nothing_cached):
+    raced = spy(race, "race")
     gru, x = gpu_lstm.GRU(3, 6), torch.randn(8, 2, 3)
     with monkeypatch.context() as patch:
         patch.setattr(numba_rnn, "is_compiled", lambda *_: False)
@@ -74,21 +73,20 @@ def module_and_call(monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["OpenMP", "pool"])
-def test_threads_compute_the_same_numbers(way, module_and_call, monkeypatch):
+def test_threads_compute_the_same_numbers(way, module_and_call, monkeypatch, calls):
     module, x, rest = module_and_call
-    alone, counts = run(module, x, **rest), []
+    alone = run(module, x, **rest)
     if way == "pool":
         monkeypatch.setattr(build, "parallel", lambda: None)
     elif build.parallel() is None:
         pytest.skip("torch does not use GNU's OpenMP here")
-    run_in = build.run
-    monkeypatch.setattr(build, "run", lambda f, a, count: (counts.append(count), run_in(f, a, count)))
     for count in (2, 3, 4):
         torch.set_num_threads(count)
+        calls.reset_mock()
         for ours, expected in zip(run(module, x, **rest), alone):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)  # torch's own products may differ
-        assert set(counts) == {1, min(count, 14 // 4)}  # one thread makes the panels of a weight
-        counts.clear()
+        # One thread makes the panels of a weight.
+        assert {each.args[2] for each in calls.call_args_list} == {1, min(count, 14 // 4)}
 
 
 def test_calls_in_threads_at_once(module_and_call):
@@ -147,11 +145,9 @@ def test_past_the_longest_sequence_all_is_zero_and_nothing_is_computed(words, le
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """The calls of compiled functions."""
-    calls, run_in = [], build.run
-    monkeypatch.setattr(build, "run", lambda *given: (calls.append(given), run_in(*given)))
-    return calls
+def calls(spy):
+    """A Mock that makes and records the calls of compiled functions."""
+    return spy(build, "run")
 
 
 @pytest.mark.parametrize(("kind", "options", "layers"), [
@@ -163,7 +159,7 @@ def test_a_step_is_one_call_of_a_compiled_function_a_layer(calls, kind, options,
     x, _ = random_inputs(ours, 2, steps=1)
     with torch.no_grad():
         ours(x)  # which may compile
-        calls.clear()
+        calls.reset_mock()
         states = [None, None]
         for _ in range(3):
             found = [module(given, hx) for module, given, hx in zip((ours, theirs), (x, x.double()), states)]
@@ -172,16 +168,16 @@ def test_a_step_is_one_call_of_a_compiled_function_a_layer(calls, kind, options,
                 torch.testing.assert_close(our, their.float())
             if "Cell" not in kind:
                 found[0][0].fill_(torch.nan)  # which changes no state
-    assert len(calls) == 3 * layers
+    assert calls.call_count == 3 * layers
 
 
 @pytest.mark.parametrize("words", ["norms", "norm-hh", "norm-c", "masks peepholes"])
 def test_all_steps_of_a_variant_are_one_call_of_a_loop(calls, words):
     module, x = built((7, 5, 3, 12), {*words.split()}, backend="numba"), torch.randn(7, 5, 3)
     run(module, x)  # which compiles and verifies
-    calls.clear()
+    calls.reset_mock()
     run(module, x)
-    assert len(calls) == 2
+    assert calls.call_count == 2
 
 
 def test_what_it_does_not_run_is_refused_by_name_and_never_chosen():
@@ -229,9 +225,8 @@ def test_half_precision_has_the_dtypes_of_the_reference_in_every_kind_of_route(w
     assert [*map(bits, compiled)] == [*map(bits, found)]
 
 
-def test_auto_races_the_loops_in_half_precision(monkeypatch, nothing_cached):
-    raced = Mock(side_effect=race.race)
-    monkeypatch.setattr(race, "race", raced)
+def test_auto_races_the_loops_in_half_precision(spy, nothing_cached):
+    raced = spy(race, "race")
     gru, x = gpu_lstm.GRU(3, 6), torch.randn(20, 2, 3)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         y, _ = gru(x.bfloat16())

@@ -73,11 +73,10 @@ def one_further(name: str) -> Callable:
     (compiled(lambda name: lambda address: None), "gru", "RMS"),  # computes nothing
     (compiled(Mock(side_effect=RuntimeError("no compiler"))), "gru", "no compiler"),
 ])  # fmt: skip
-def test_a_loop_that_is_wrong_runs_nothing(monkeypatch, plant, words, said):
+def test_a_loop_that_is_wrong_runs_nothing(monkeypatch, spy, plant, words, said):
     """One warning says so, and there is no second trial; asked for by name it raises."""
     plant(monkeypatch)
-    verdicts = Mock(side_effect=verify._verdict)
-    monkeypatch.setattr(verify, "_verdict", verdicts)
+    verdicts = spy(verify, "_verdict")
     with pytest.warns(UserWarning, match=f"'auto' uses '(torch|reference)' for .*: .*{said}") as warned:
         check(SIZE, words, None, torch.float32, seeds=1)
     assert len([each for each in warned if "'auto' uses" in str(each.message)]) == 1

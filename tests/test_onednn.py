@@ -10,13 +10,13 @@ from functools import partial
 
 import pytest
 import torch
+from cases import FORMS
 from comparing import BACKENDS
 from pairs import LENGTHS, RESETS, B, H, I, T, assert_identical, pair, random_inputs, results
 from test_settings import SETTINGS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jvp, vmap
-from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import BaseTorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from watching import Watched
@@ -24,7 +24,6 @@ from watching import Watched
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
 from gpu_lstm.call import onednn
-from gpu_lstm.functional import lstm_layer
 
 halves = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 switched = torch.backends.mkldnn.flags  # a block
@@ -48,24 +47,18 @@ def autocast(half, call, *given, **options):
         return call(*given, **options)
 
 
-def packed(module, x, *hx):
-    return module(pack_padded_sequence(x, [2, 1, 4][: x.shape[1]], enforce_sorted=False), *hx)
-
-
-def layer(module, x, hx, **options):
-    return lstm_layer(x, list(module.parameters()), tree_map(lambda t: t[0], hx), backend="torch", **options)
-
-
+SOME = torch.tensor([2, 1, 4])  # of a PackedSequence, which has no empty sequence
 WIDE = dict(hidden_size=4 * torch_rnn.LEAST_HEAD, heads=4)  # so many units that each head is a call
 CALLS = {  # a kind, the arguments of its module, the arguments of a call, and the function that makes the call
     "plain": ("LSTM", {}, {}, None), "no bias": ("LSTM", dict(bias=False), {}, None),
     "dropout": ("LSTM", dict(num_layers=2, bidirectional=True, dropout=0.5), {}, None),
-    "stack": ("StackedLSTM", {}, {}, None), "packed, heads": ("LSTM", dict(heads=2), {}, packed),
+    "stack": ("StackedLSTM", {}, {}, None),
+    "packed, heads": ("LSTM", dict(heads=2), dict(lengths=SOME), FORMS["packed"]),
     "lengths": ("LSTM", dict(bidirectional=True), dict(lengths=LENGTHS), None),
     "resets": ("LSTM", {}, dict(resets=RESETS), None),
     "both": ("LSTM", dict(num_layers=2, bidirectional=True), dict(lengths=LENGTHS, resets=RESETS), None),
     "heads": ("LSTM", dict(heads=2, num_layers=2), {}, None), "wide heads": ("LSTM", WIDE, dict(resets=RESETS), None),
-    "function": ("LSTM", {}, dict(lengths=LENGTHS), layer),
+    "function": ("LSTM", {}, dict(lengths=LENGTHS), FORMS["layer"]),
 }  # fmt: skip
 
 
@@ -100,9 +93,9 @@ def test_what_onednn_lacks_is_computed_as_by_a_module_in_half_precision(half, na
 
 @pytest.mark.usefixtures("lacking")
 @pytest.mark.parametrize(("kind", "arguments", "way"), [
-    ("LSTM", dict(proj_size=2), nn.Module.__call__), ("LSTM", dict(num_layers=2), packed),
-    ("GRU", {}, nn.Module.__call__), ("LSTMCell", {}, nn.Module.__call__),
-], ids=["projected", "packed", "GRU", "cell"])  # fmt: skip
+    ("LSTM", dict(proj_size=2), nn.Module.__call__), ("GRU", {}, nn.Module.__call__),
+    ("LSTM", dict(num_layers=2), partial(FORMS["packed"], lengths=SOME)), ("LSTMCell", {}, nn.Module.__call__),
+], ids=["projected", "GRU", "packed", "cell"])  # fmt: skip
 @halves
 def test_what_onednn_is_not_asked_for_stays_torchs_own(half, kind, arguments, way):
     """Other backends give the same dtypes, also with a state in half precision."""
@@ -168,12 +161,11 @@ PLACES = {
 
 
 @pytest.fixture
-def asked(with_onednn, monkeypatch):
-    """A list of the dtypes that oneDNN is asked for, from now on."""
-    run, dtypes = onednn._runs_under_autocast, []
-    monkeypatch.setattr(onednn, "_runs_under_autocast", lambda half, grad: dtypes.append(half) or run(half, grad))
+def asked(with_onednn, spy):
+    """A function that returns the dtypes that oneDNN was asked for."""
     onednn.has_lstm.cache_clear()
-    return dtypes
+    calls = spy(onednn, "_runs_under_autocast")
+    return lambda: [each.args[0] for each in calls.call_args_list]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -182,7 +174,7 @@ def test_onednn_is_asked_apart_from_what_its_caller_does(asked, half, place):
     expected, before = runs(half), torch.get_rng_state()
     with PLACES[place]() as block:
         assert onednn.has_lstm(half, True) is expected
-    assert asked == [half]
+    assert asked() == [half]
     assert torch.equal(torch.get_rng_state(), before)
     assert place != "a mode" or block.count == 0
 
@@ -195,7 +187,7 @@ def test_casts_that_a_block_keeps_outlast_that_onednn_is_asked(asked, half):
         onednn.has_lstm(half, True)
         linear(x)
     assert casts.count == 3, "x each time, the weight once"
-    assert asked == [half]
+    assert asked() == [half]
 
 
 def test_onednn_is_asked_once_a_dtype_and_only_if_that_matters(asked):
@@ -207,11 +199,11 @@ def test_onednn_is_asked_once_a_dtype_and_only_if_that_matters(asked):
         autocast(half, copy.deepcopy(lstm).double(), x.double())
         copy.deepcopy(lstm).to(half)(x.to(half))
     lstm(x)
-    assert asked == []
+    assert asked() == []
     for half in (torch.bfloat16, torch.float16) * 2:
         autocast(half, lstm, x, lengths=LENGTHS)
         autocast(half, lstm.eval(), x)
-    assert asked == [torch.bfloat16, torch.float16]
+    assert asked() == [torch.bfloat16, torch.float16]
 
 
 @halves

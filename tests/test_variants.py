@@ -236,15 +236,14 @@ KINDS = pytest.mark.parametrize("kind", [gpu_lstm.LSTM, gpu_lstm.GRU])
 
 
 @KINDS
-def test_on_a_cpu_wide_heads_are_a_call_each(kind, monkeypatch):
+def test_on_a_cpu_wide_heads_are_a_call_each(kind, spy):
     module = kind(I, 256, 2, bidirectional=True, heads=4, backend="torch").double()
-    twin, calls, name = copy.deepcopy(module), [], kind.__name__.lower()
-    twin.backend, theirs = "reference", getattr(torch, name)
-    monkeypatch.setattr(torch_rnn, name, lambda *args: calls.append(args[2][1].shape) or theirs(*args))
+    twin, calls = copy.deepcopy(module), spy(torch_rnn, kind.__name__.lower())
+    twin.backend = "reference"
     x, hx = random_inputs(module, B)
     # Gradients are sums of up to 2 x 1,024 terms. Those of pairs.py have 7 terms. sqrt((2,048 + 20) / (7 + 20)) is 9.
     assert_same(*(results(each, x, hx) for each in (module, twin)), condition=9)
-    assert calls == [(64 * module._cell.rows, 64)] * 4 * 2
+    assert [each.args[2][1].shape for each in calls.call_args_list] == [(64 * module._cell.rows, 64)] * 4 * 2
 
 
 @KINDS

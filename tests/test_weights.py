@@ -4,7 +4,6 @@ that are subclasses of Tensor without memory of their own, such as torchao's qua
 import copy
 import io
 import pickle
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -245,10 +244,9 @@ def assert_close(ours, theirs):
 
 
 @pytest.fixture
-def routes(monkeypatch):
+def routes(spy):
     """A Mock that runs calls by their routes."""
-    monkeypatch.setattr(dispatch, "execute", Mock(side_effect=dispatch.execute))
-    return dispatch.execute
+    return spy(dispatch, "execute")
 
 
 @pytest.mark.parametrize(("backend", "kind"), [

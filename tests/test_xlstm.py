@@ -105,11 +105,9 @@ def numba_is_there():
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """A list that grows with every call of slstm_layer."""
-    found, layer = [], tool.slstm_layer
-    monkeypatch.setattr(tool, "slstm_layer", lambda *given, **options: found.append(given) or layer(*given, **options))
-    return found
+def calls(spy):
+    """A Mock that makes and counts the calls of slstm_layer."""
+    return spy(tool, "slstm_layer")
 
 
 @torch.no_grad()
@@ -120,7 +118,7 @@ def test_without_gradients_twice_as_many_steps_are_few(calls):
     for steps in (most, most + 1):
         x = torch.randn(B, steps, 4 * H, dtype=torch.float64)
         torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=0, atol=1e-14)
-        assert len(calls) == (steps > most)
+        assert calls.call_count == (steps > most)
 
 
 @pytest.mark.parametrize("steps", range(1, tool.MOST_STEPS + 1))
@@ -136,7 +134,7 @@ def test_a_few_steps_of_gates_that_are_shut_and_units_that_are_empty(steps, call
             y, final = cell(*leaves)
         gradients = torch.autograd.grad(y.square().sum() + final[:3].sum(), [*leaves, *cell.parameters()])
         both.append([y, final, *gradients])
-    assert len(calls) == 1
+    assert calls.call_count == 1
     torch.testing.assert_close(*both, rtol=0, atol=1e-14)
 
 
@@ -150,11 +148,11 @@ def test_a_few_steps_that_are_left_to_slstm_layer(calls):
         assert cell(x, state)[0].dtype == torch.bfloat16
     assert cell(x.bfloat16(), state)[1].dtype == torch.float32
     torch.func.vmap(lambda x: cell(x, state)[0])(x[None])
-    assert len(calls) == 4
+    assert calls.call_count == 4
     for wrong in ((x, state[:, :1]), (x[..., :-4], state), (x, state[..., :-1])):
         with pytest.raises((RuntimeError, ValueError), match="size"):
             cell(*wrong)
-    assert len(calls) == 7
+    assert calls.call_count == 7
 
 
 KERNEL = "_recurrent_kernel_"
