@@ -117,7 +117,7 @@ def call_of(module, size, words, seed):
             rest["lengths"][-1] = steps
     if words & {"resets", "state", "states"}:
         resets = torch.rand(steps, batch) < 0.4
-        resets[0, -1] |= batch > 2  # of the longest sequence: its states and gradients, too, end before the first step
+        resets[0, -1:] |= batch > 2  # of the longest sequence: its states and gradients, too, end before the first step
         rest["resets"] = resets.T if module.batch_first else resets
     if words & {"state", "states"}:
         rest["reset_states"] = states_left(module, hx, steps, "states" in words)

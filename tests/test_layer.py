@@ -59,6 +59,11 @@ TABLE = [
     ("reference", F64, (2, "6,4,5,5", "residual masks ragged", "residual masks state")),
     ("reference torch torch/two", F64, (1, "5,3,4,6", f"three-heads deep {MIX}", "heads stack both", "heads cell")),
     ("reference", F64, (1, "5,3,4,6", "heads states masks ragged", "heads layer deep", "heads stream")),
+    # Batches of no sequences.
+    *((places, dtype, (1, "3,0,2,4", "recompute", "deep both ragged resets", "residual ragged resets", "heads", "cell"),
+       (1, "3,0,2,4,2", "ragged resets")) for places, dtype in (("reference torch", F64), ("triton numba", F32))),
+    *((places, dtype, (1, "3,0,2,4", "peepholes norms masks ragged resets"))
+      for places, dtype in (("reference", F64), ("triton numba", F32))),
     ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES if "state" not in words)),
      (2, "6,4,3,5,2", MIX, "deep packed", "both no-bias resets"), (2, "1,1,1,3", MIX, "cell", "unbatched"),
      (2, "1,4,3,5", "deep both ragged", "batch-first ragged resets no-hx")),
