@@ -39,7 +39,8 @@ ONCE = "ragged states peepholes"
 # work.
 MODULES = ("", "deep both ragged resets", "both batch-first states", "batch-first state both", "no-bias resets",
            "stack ragged states both", "deep packed batch-first resets", "both packed", "no-hx deep",
-           "layer states ragged both", "layer no-hx deep both", "stream deep no-hx")  # fmt: skip
+           "layer states ragged both", "layer no-hx deep both", "stream deep no-hx",
+           "stream stack batch-first")  # fmt: skip
 # The tables have pairs of options, not all combinations.
 # A line has places, a dtype, and rows. A row has the number of seeds, a size, and words. Small sizes, whose errors vary
 # more, have more seeds.
@@ -47,6 +48,7 @@ TABLE = [
     ("reference", F64, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states",
                         f"{MOST} masks", f"{OF_ALL} both masks", f"{OF_ALL} expected", OF_HH, f"{OF_C} both",
                         "norms stream peepholes", "dropout_h both ragged", "zoneout_h deep states", "expected state",
+                        "dropped_h deep both zoneout ragged resets",
                         "zoneout_c both ragged resets", "stream expected deep", "deep both norms peepholes ragged",
                         "stack norm-hh-c peepholes no-bias both states",
                         "layer norms peepholes states both"),
@@ -113,9 +115,11 @@ TABLE = [
     # 4 sequences. Where torch computes in the middle of a step, it runs by steps.
     ("numba", F32, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states", OF_HH,
                     f"{OF_C} both", "norms stream peepholes", "zoneout_h deep states", "zoneout_c both ragged resets",
-                    "stream expected deep", "recompute both", "chunks deep states no-grad",
+                    "stream expected deep", "recompute both", "chunks deep states masks no-grad", "chunks no-grad",
+                    "chunks deep both expected ragged no-grad", "chunks norm-hh-c no-bias peepholes resets no-grad",
                     "chunks reverse ragged states no-grad"),
-     (2, "6,4,5,5", "residual ragged", "residual masks state"), (4, "1,1,3,1", "", MIX), (1, "1,9,3,7", "deep both"),
+     (2, "6,4,5,5", "residual ragged", "residual masks state", "residual dropped_h ragged"), (4, "1,1,3,1", "", MIX),
+     (1, "1,9,3,7", "deep both"), (1, "6,4,3,5,2", "chunks both masks states no-grad"),
      (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched deep no-hx resets"),
      (1, "4,5,3,130", MIX, f"{ONCE} masks recompute", f"{OF_ALL} both masks"), (1, "3,9,16,260", "ragged resets"),
      (1, "3,5,3,260", "heads states masks ragged"), (1, "4,9,3,15", f"three-heads {MOST} expected", "three-heads cell"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import built, with_random_parameters
 from comparing import BACKENDS, KERNELS_HERE, PLACES, SECOND, assert_same, every_backend
-from pairs import LENGTHS, RAGGED, B, H, I, T, assert_identical, noises_of, random_inputs, results, states_left, truth
+from pairs import LENGTHS, RAGGED, B, H, I, T, assert_identical, random_inputs, results, states_left
 from torch import nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -41,14 +41,6 @@ def call_of(module, **how):
     return results(module, *random_inputs(module, B), **dict(seed=5) | how)
 
 
-@pytest.mark.parametrize(("backend", "words"), [("reference", "noise deep both"), (KERNELS_HERE, "noise residual")])
-def test_all_of_h_is_dropped(backend, words):
-    ours = made(words, backend, recurrent_dropout=1.0)
-    x, hx = random_inputs(ours, B)
-    expected = truth(ours, x, hx, **RAGGED, noises=noises_of(ours, seed=5))
-    assert_same(results(ours, x, hx, seed=5, **RAGGED), expected, backend)
-
-
 @pytest.mark.parametrize(("words", "frozen"), [
     ("peepholes norm-hh-c no-bias recompute", ""), ("peepholes norm-hh-c no-bias recompute", "gain"),
     ("projected both recompute peepholes", "weight_hh"), ("projected both recompute noise", ""),
@@ -77,28 +69,6 @@ def test_gradients_of_gradients_by_the_kernels(words, frozen):
         plain = torch.autograd.grad(loss, parameters, allow_unused=True)
         found.append({n: t.detach() for n, t in enumerate((*first, *second, *plain)) if t is not None})
     assert_same(*found, condition=SECOND * (OF_NORMS if "norm" in words else 1))
-
-
-@pytest.mark.parametrize("words", [
-    "all deep", "residual", "projected both states", "all gru deep states",
-    *(pytest.param(words, marks=pytest.mark.deep) for words in (
-        "peepholes norm-hh-c no-bias", "all deep both", "all deep eval", "all projected both"))])  # fmt: skip
-def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, words):
-    """Each chunk gets its part of the noise, of lengths, resets and states to reset to."""
-    between = dict(dropout=0.3) if "deep" in words else {}
-    ours, expected = (made(words, backend, **between).to(torch.float32) for backend in (KERNELS_HERE, "reference"))
-    ragged = dict(RAGGED)
-    if "states" in words:
-        ragged["reset_states"] = states_left(ours, random_inputs(ours, B)[1], T, a_step=True)
-    whole = call_of(ours, **ragged)
-    noisy = bool(between or "all" in words) and "eval" not in words
-    true = call_of(expected, **ragged)
-    assert noisy is not torch.equal(call_of(expected, seed=6, **ragged)["output"], true["output"])
-    assert_same(whole, true, condition=OF_NORMS if "norm" in words else 1)
-    monkeypatch.setattr("gpu_lstm.execution.schedule.WORKSPACE", 2 * B * 4 * H * 4)  # two steps
-    with torch.no_grad():
-        found = call_of(ours, **ragged)
-    assert_same(found, {name: whole[name] for name in found})
 
 
 def test_a_trace_shows_the_states_after_zoneout():
