@@ -44,7 +44,8 @@ ARGUMENTS = OF_TORCH | {  # and the words for our own arguments
     "masks": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)), "dropout_h": dict(recurrent_dropout=0.3),
     "dropped_h": dict(recurrent_dropout=1.0),
     "zoneout": dict(zoneout=(0.3, 0.45)), "zoneout_h": dict(zoneout=(0.3, 0.0)), "zoneout_c": dict(zoneout=(0.0, 0.45)),
-    "expected": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)),  # the module is in eval()
+    # The module is in eval(), where only zoneout acts.
+    "expected": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45), weight_drop=0.5),
     "heads": dict(heads=2), "three-heads": dict(heads=3), "four-heads": dict(heads=4),
     "gru": {}, "slstm": {}, "stack": {}, "residual": {},  # these words choose GRU, SLSTM, StackedLSTM or StackedGRU
 }  # fmt: skip
@@ -57,6 +58,8 @@ def built(size, words, own=False, **how):
     _, _, inputs, hidden, *projected = size
     table = OF_TORCH if own else ARGUMENTS
     how |= {name: value for word in words if word in table for name, value in table[word].items()}
+    if "expected" in words and words & {"deep", "stack", "residual"}:
+        how["dropout"] = 0.5
     kind = "GRU" if "gru" in words else "LSTM"
     if "slstm" in words:
         module = gpu_lstm.SLSTM(inputs, hidden, **{name: how[name] for name in how.keys() - {"recurrent_dropout"}})
@@ -116,6 +119,8 @@ def call_of(module, size, words, seed):
             rest["lengths"][0] = int("packed" in words)
         if batch > 1 or "packed" in words:
             rest["lengths"][-1] = steps
+    if words & {"short", "none"}:  # no sequence has all steps
+        rest["lengths"] = rest["lengths"] // 2 * ("short" in words)
     if words & {"resets", "state", "states"}:
         resets = torch.rand(steps, batch) < 0.4
         resets[0, -1:] |= batch > 2  # of the longest sequence: its states and gradients, too, end before the first step

@@ -126,6 +126,9 @@ TABLE = [
      (1, "4,4,3,3", "three-heads"),  # heads of one unit
      (1, "4,5,3,9", f"{OF_ALL} both masks recompute", f"{OF_ALL} expected no-grad"),
      (1, "3,5,3,130,7", f"layer {MIX}", "masks ragged recompute", "expected no-grad"), (1, "3,4,3,9,140", "masks"),
+     # Past the longest sequence nothing is computed.
+     (1, "11,5,3,12", *(f"ragged {words}" for words in ("short both", "none both", "short four-heads", "none norms",
+                                                        "short norms no-grad"))),
      # The loop multiplies x only where nothing else is in the gates: here W_hh h of the states is.
      (1, "1,4,3,6", "ragged states no-grad"), (1, "5,4,3,6", "ragged states no-grad")),
     # It computes half precision in float32.
@@ -167,7 +170,8 @@ SLSTMS = [
     ("pointwise cupy", F32, (1, "3,3,3,9", BACK), (1, "3,3,3,15", f"three-heads {BACK}")),
     ("numba", F32, (2, "4,4,3,8", f"deep heads {MIX}", "both packed no-hx", "layer no-bias", "stream deep",
                     "dropout_h both ragged", "no-grad no-hx"),
-     (1, "4,5,3,130", BACK), (1, "3,9,3,260", f"heads {BACK}"), (1, "4,1,3,15", "unbatched three-heads both")),
+     (1, "4,5,3,130", BACK), (1, "3,9,3,260", f"heads {BACK}"), (1, "4,1,3,15", "unbatched three-heads both"),
+     (1, "11,5,3,12", "heads ragged short", "ragged none")),
     *(("numba", dtype, (3, "9,5,3,8", "heads")) for dtype in (BF16, F16)),
     ("cupy", F32, (1, "4,3,3,15", "no-grad no-hx")),
     ("cupy", F16, (1, "4,5,3,130", MIX)),
@@ -341,6 +345,9 @@ EVERYWHERE = [
 ]  # fmt: skip
 
 
+PAST_THE_LONGEST = "short states both", "none states both", "gru short both", "short norms", "short states four-heads"
+
+
 def everywhere(place, words, dtype, size):
     named, backend = set(words.split()), KERNELS[place].backend
     where = PLACES.get(backend, dict(device="cpu")) | ({} if dtype is None else dict(dtype=dtype))
@@ -356,6 +363,7 @@ def nan_or_inf(t: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 @fresh_memory_is_nan
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in Triton's interpreter
 @pytest.mark.parametrize(("place", "words", "dtype"), [*EVERYWHERE, ("torch", "residual", None),
+                                                       *(("numba", words, None) for words in PAST_THE_LONGEST),
                                                        ("reference", "residual resets", None)])  # fmt: skip
 def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, words, dtype):
     """NaN and infinity stand there, also in the gradient of the output. The bits are the same, also without gradients,

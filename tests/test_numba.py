@@ -115,35 +115,6 @@ def test_bits_depend_on_neither_batch_nor_threads(module_and_call, cls, heads):
                     assert torch.equal(alone, whole[:, b : b + 1])
 
 
-def in_float64(module):
-    """The same module by the reference in float64."""
-    wide = copy.deepcopy(module).double()
-    wide.backend = "reference"
-    return wide
-
-
-def run_like(module, x, **rest):
-    """`run`, and an inference."""
-    with torch.no_grad():
-        y = module(x, **rest)[0]
-    return y, *run(module, x, **rest)
-
-
-@pytest.mark.usefixtures("nan_in_fresh_memory")
-@pytest.mark.parametrize("lengths", [[6, 6, 5, 2, 0], [0, 3, 6, 1, 0], [0] * 5], ids=["sorted", "unsorted", "empty"])
-@pytest.mark.parametrize("words", ["both", "gru both", "slstm heads", "masks both", "norms", "four-heads both"])
-def test_past_the_longest_sequence_all_is_zero_and_nothing_is_computed(words, lengths):
-    """Results and gradients, also those of padding, are compared with the float64 reference."""
-    module = with_random_parameters(built((11, 5, 3, 12), {*words.split()}, backend="numba"), 0)
-    x, rest = torch.randn(11, 5, 3), dict(lengths=torch.tensor(lengths))
-    if "masks" in words:
-        module.eval()  # without noise, which the two dtypes would not draw alike
-    expected = run_like(in_float64(module), x.double(), **rest)
-    x[6:] = torch.nan  # as padding may be
-    for found, true in zip(run_like(module, x, **rest), expected):
-        torch.testing.assert_close(found, true.float(), rtol=1e-4, atol=1e-5)
-
-
 @pytest.fixture
 def calls(spy):
     """A Mock that makes and records the calls of compiled functions."""

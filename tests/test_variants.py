@@ -95,14 +95,6 @@ def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype,
         assert all(torch.equal(a.to(dtype), b) for a, b in zip(tree_leaves(found), rounded, strict=True))
 
 
-@pytest.mark.parametrize("words", ["deep both", "residual", "gru deep", "gru stack"])
-@every_backend
-def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, words):
-    dropped = made(words, backend, recurrent_dropout=0.5, weight_drop=0.5).eval()
-    dropped.dropout = 0.5
-    assert_identical(call_of(dropped, **RAGGED), call_of(made(words, backend).eval(), **RAGGED))
-
-
 @pytest.mark.parametrize(
     ("backend", "words", "rate"),
     [*((backend, words, 0.5) for backend in BACKENDS for words in ("recompute", "gru")), ("torch", "", 1.0)],
