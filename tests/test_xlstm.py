@@ -316,15 +316,12 @@ def test_the_layout_of_tirex_against_the_oracle():
     assert gpu_lstm.use_for_slstm(nn.Sequential(cell)) == 1
     y, (h, c, n, m) = cell(x, state)
     kernel, bias = (p.detach().numpy() for p in (cell._recurrent_kernel_, cell._bias_))
-    units, weight, flat = H // HEADS, np.zeros((4 * H, H)), np.zeros(4 * H)
-    for gate in range(4):
-        for head in range(HEADS):
-            for unit in range(units):
-                row = gate * H + head * units + unit
-                weight[row, head * units : (head + 1) * units] = kernel[head, :, gate * units + unit]
-                flat[row] = bias[(head * 4 + gate) * units + unit]
-    z = (x.numpy() + flat).swapaxes(0, 1)
-    true, h_n, (c_n, _, m_n), _ = oracle.layer(z, state[0].numpy(), state[1:].numpy(), np.eye(4 * H), weight)
+    units, weight = H // HEADS, np.zeros((4, HEADS, H // HEADS, HEADS, H // HEADS))
+    for head in range(HEADS):
+        weight[:, head, :, head] = kernel[head].reshape(units, 4, units).transpose(1, 2, 0)
+    z = (x.numpy() + bias.reshape(HEADS, 4, units).swapaxes(0, 1).ravel()).swapaxes(0, 1)
+    rest = state[0].numpy(), state[1:].numpy(), np.eye(4 * H), weight.reshape(4 * H, H)
+    true, h_n, (c_n, _, m_n), _ = oracle.layer(z, *rest)
     pairs = (y.permute(2, 0, 1, 3).flatten(2), true), (h, h_n), (c / n, c_n), (m + n.log(), m_n)
     for our, truth in pairs:
         np.testing.assert_allclose(our.detach().numpy(), truth, rtol=1e-12, atol=1e-12)
