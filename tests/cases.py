@@ -195,16 +195,21 @@ def by_cell(module, x, hx=None):
     return torch.stack(outputs), tree_map(lambda t: t[None], state)
 
 
-def by_stream(module, x, hx=None):
-    """Compute the call by a Stream: a chunk of two steps first, a chunk of one, then single steps."""
+def by_stream(module, x, hx=None, resets=None):
+    """Compute the call by a Stream: a chunk of two steps first, a chunk of one, then single steps. With resets there
+    are single steps alone."""
 
     def turned(t):
         return t.transpose(0, 1) if module.batch_first else t
 
-    steps = turned(x)
+    steps, parts = turned(x), []
     stream = gpu_lstm.Stream(module, steps.shape[1], hx)
-    parts = [turned(stream(turned(chunk))) for chunk in (steps[:2], steps[2:3])]
-    parts += [stream(x_t)[None] for x_t in steps[3:]]
+    if resets is None:
+        parts += [turned(stream(turned(chunk))) for chunk in (steps[:2], steps[2:3])]
+    for t in range(3 * (resets is None), len(steps)):
+        if resets is not None:
+            stream.reset(turned(resets)[t])
+        parts.append(stream(steps[t])[None])
     assert not any(part.requires_grad for part in parts)
     return turned(torch.cat(parts)), stream.state
 

@@ -40,7 +40,7 @@ ONCE = "ragged states peepholes"
 MODULES = ("", "deep both ragged resets", "both batch-first states", "batch-first state both", "no-bias resets",
            "stack ragged states both", "deep packed batch-first resets", "both packed", "no-hx deep",
            "layer states ragged both", "layer no-hx deep both", "stream deep no-hx",
-           "stream stack batch-first")  # fmt: skip
+           "stream stack batch-first", "stream resets", "stream stack resets batch-first")  # fmt: skip
 # The tables have pairs of options, not all combinations.
 # A line has places, a dtype, and rows. A row has the number of seeds, a size, and words. Small sizes, whose errors vary
 # more, have more seeds.
@@ -168,7 +168,7 @@ SLSTMS = [
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets", "heads ragged resets")),
     ("cooperative/16/1/1", F16, (1, "3,3,3,33", f"three-heads {BACK}")),
     ("pointwise cupy", F32, (1, "3,3,3,9", BACK), (1, "3,3,3,15", f"three-heads {BACK}")),
-    ("numba", F32, (2, "4,4,3,8", f"deep heads {MIX}", "both packed no-hx", "layer no-bias", "stream deep",
+    ("numba", F32, (2, "4,4,3,8", f"deep heads {MIX}", "both packed no-hx", "layer no-bias", "stream deep resets",
                     "dropout_h both ragged", "no-grad no-hx"),
      (1, "4,5,3,130", BACK), (1, "3,9,3,260", f"heads {BACK}"), (1, "4,1,3,15", "unbatched three-heads both"),
      (1, "11,5,3,12", "heads ragged short", "ragged none")),

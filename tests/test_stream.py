@@ -120,17 +120,6 @@ def test_it_begins_with_the_states_it_is_given_and_leaves_them_alone(build):
     assert not torch.equal(taken[0], tree_leaves(stream.state)[0])  # the state that was taken is a copy
 
 
-def test_reset_is_the_whole_sequence_with_resets(build):
-    (lstm, x), resets = build(), torch.zeros(T, B, dtype=torch.bool)
-    resets[4, 1] = resets[6] = True
-    whole, _ = lstm(x, resets=resets)
-    stream, parts = Stream(lstm, B), []
-    for x_t, done in zip(x, resets):
-        stream.reset() if done.all() else stream.reset(done)
-        parts.append(stream(x_t))
-    torch.testing.assert_close(torch.stack(parts), whole)
-
-
 @pytest.mark.parametrize(("graph", "batch_first"), [(False, True), (True, False)], ids=["plain", "graph"])
 def test_each_sequence_runs_the_steps_that_it_is_active_for(build, request, batch_first, graph):
     """Each sequence runs as if it were alone. The input of the others, NaN here, is ignored."""
