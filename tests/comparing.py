@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+import gpu_lstm
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS_HERE = "triton" if torch.cuda.is_available() else "numba"
 """The backend whose kernels are compiled on this machine. Tests of what lies above the kernels use it, since they need
@@ -18,6 +20,8 @@ PLACES = {  # dtype and device of a module's parameters, by backend
 BACKENDS = "torch", "reference", KERNELS_HERE
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 both_kinds = pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+both_classes = pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+both_ways = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 LARGE = 20_000  # elements of h
 FEW = 64  # with fewer independent errors than this, the RMS is a matter of chance
 # The condition of a second derivative, which has 4 passes behind it instead of 2, and sums of twice as many terms.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cases import built, call_of, with_random_parameters
-from comparing import BACKENDS, KERNELS_HERE, PLACES, assert_same, every_backend
+from comparing import BACKENDS, KERNELS_HERE, PLACES, assert_same, both_classes, both_ways, every_backend
 from pairs import results
 from places import KERNELS, by_interpreter
 from standing_in import plan_of, recurrence
@@ -60,7 +60,7 @@ IN_PLACE = ("output", "h_n", "c_n", "input", "lengths", "weight")
 
 @pytest.mark.parametrize("changed", IN_PLACE)
 @pytest.mark.parametrize(("backend", "ragged"), [(KERNELS_HERE, True), *product(BACKENDS[:2], (False, True))])
-@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+@both_classes
 def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(cls, backend, ragged, changed):
     """torch raises where backward needs the old value. Where backward does not need it, results and gradients are
     right."""
@@ -179,7 +179,7 @@ def _launches(name, backward):
     return launch.recorded_launches(problem._replace(**ragged), Pass(backward), plan)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@both_ways
 @pytest.mark.parametrize("name", HUGE | AT_THE_LIMIT)
 def test_grids_are_those_of_a_gpu(name, backward):
     for one in _launches(name, backward):
@@ -226,7 +226,7 @@ def _run_last_program(monkeypatch, one):
 
 
 @by_interpreter
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@both_ways
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=() if name.endswith(", rows") else pytest.mark.deep) for name in HUGE])  # fmt: skip
 def test_every_address_lies_in_its_tensor(monkeypatch, name, backward):

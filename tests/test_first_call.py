@@ -13,6 +13,7 @@ from unittest.mock import ANY, MagicMock, Mock, call
 
 import pytest
 import torch
+from comparing import both_ways
 from standing_in import CUDA, H100, plan_of, torch_finds
 
 from gpu_lstm import __main__ as doctor
@@ -114,7 +115,7 @@ def test_a_tensor_is_copied_unless_it_is_contiguous_and_aligned(shift):
         assert (aligned(each).is_contiguous(), aligned(each).data_ptr() % 16) == (True, 0)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@both_ways
 @pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step", "held"])
 def test_a_plan_is_launched_as_it_says(family, backward):
     """The launch has the plan's warps, stages, registers and programs. It is cooperative where programs wait for each

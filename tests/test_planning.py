@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comparing import both_ways
 from standing_in import H100
 
 from gpu_lstm.kernels.cards import KB
@@ -31,7 +32,6 @@ PROBLEMS += [  # heads of these units; there are more heads than any card has mu
         (2, 67, 300), (1, 128, 768), (BF16, torch.float32), ((128, 256), (1, 1)), (1, 2)
     )
 ]
-both_ways = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 
 
 @both_ways

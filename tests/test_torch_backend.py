@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import both_kinds
+from comparing import both_classes, both_kinds
 from pairs import LENGTHS, RAGGED, RESETS, B, T, assert_identical, pair, random_inputs, results, truth
 from places import two_copies
 from torch import Tensor, nn
@@ -139,7 +139,7 @@ def test_lengths_and_resets_need_no_values(monkeypatch, cls, ragged, arguments):
     assert asked.count == 0
 
 
-@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+@both_classes
 def test_a_trace_is_right_for_other_resets_and_with_lengths_for_more_steps(cls):
     lstm, x = cls(3, 4, backend="torch").requires_grad_(False), torch.randn(T, B, 3)
     traced = torch.jit.trace(lambda x, r: lstm(x, resets=r)[0], (x, torch.zeros_like(RESETS)), check_trace=False)

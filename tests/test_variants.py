@@ -8,7 +8,7 @@ import pairs
 import pytest
 import torch
 from cases import built, with_random_parameters
-from comparing import BACKENDS, KERNELS_HERE, PLACES, SECOND, assert_same, every_backend
+from comparing import BACKENDS, KERNELS_HERE, PLACES, SECOND, assert_same, both_classes, every_backend
 from pairs import LENGTHS, RAGGED, B, H, I, T, assert_identical, random_inputs, results, states_left
 from torch import nn
 from torch.nn.functional import dropout
@@ -146,7 +146,7 @@ def test_what_dropout_keeps_between_layers_is_scaled(backend, cls):
     torch.testing.assert_close(found, upper(lower(x)[0] * kept / 0.75)[0])
 
 
-@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+@both_classes
 def test_per_sample_noise_under_vmap(cls):
     lstm, x = cls(3, 4, zoneout=0.5, recurrent_dropout=0.5), torch.randn(4, 1, 3).expand(5, 4, 1, 3)
     outputs = torch.func.vmap(lambda x: lstm(x)[0], randomness="different")(x)
@@ -192,13 +192,11 @@ def test_pickles(words):
 
 # Heads. test_layer.py tests their numbers.
 
-KINDS = pytest.mark.parametrize("kind", [gpu_lstm.LSTM, gpu_lstm.GRU])
 
-
-@KINDS
-def test_on_a_cpu_wide_heads_are_a_call_each(kind, spy):
-    module = kind(I, 256, 2, bidirectional=True, heads=4, backend="torch").double()
-    twin, calls = copy.deepcopy(module), spy(torch_rnn, kind.__name__.lower())
+@both_classes
+def test_on_a_cpu_wide_heads_are_a_call_each(cls, spy):
+    module = cls(I, 256, 2, bidirectional=True, heads=4, backend="torch").double()
+    twin, calls = copy.deepcopy(module), spy(torch_rnn, cls.__name__.lower())
     twin.backend = "reference"
     x, hx = random_inputs(module, B)
     # Gradients are sums of up to 2 x 1,024 terms. Those of pairs.py have 7 terms. sqrt((2,048 + 20) / (7 + 20)) is 9.
@@ -206,26 +204,26 @@ def test_on_a_cpu_wide_heads_are_a_call_each(kind, spy):
     assert [each.args[2][1].shape for each in calls.call_args_list] == [(64 * module._cell.rows, 64)] * 4 * 2
 
 
-@KINDS
-def test_initial_weights_are_those_of_the_fan_in(kind):
+@both_classes
+def test_initial_weights_are_those_of_the_fan_in(cls):
     torch.manual_seed(0)
-    module = kind(I, 400, heads=4)
+    module = cls(I, 400, heads=4)
     drawn = {name: p.clone() for name, p in module.named_parameters()}
     assert [name for name, p in drawn.items() if p.abs().max() > 400**-0.5] == ["weight_hh_l0"]
     assert 0.99 * 100**-0.5 < drawn["weight_hh_l0"].abs().max() <= 100**-0.5
     torch.manual_seed(0)
     module.reset_parameters()
     assert all(torch.equal(p, drawn[name]) for name, p in module.named_parameters())
-    assert repr(module) == f"gpu_lstm.{kind.__name__}({I}, 400, heads=4)"
+    assert repr(module) == f"gpu_lstm.{cls.__name__}({I}, 400, heads=4)"
     of_head = keras_init(module).weight_hh_l0.view(-1, 4, 100, 100)[:, 1].flatten(0, 1)
     torch.testing.assert_close(of_head.T @ of_head, torch.eye(100), rtol=0, atol=1e-5)
 
 
-@KINDS
-def test_to_torch_cut_and_back(kind):
-    x, module = torch.randn(T, B, I).double(), kind(I, 12, 2, heads=3, dtype=torch.float64, backend="reference")
+@both_classes
+def test_to_torch_cut_and_back(cls):
+    x, module = torch.randn(T, B, I).double(), cls(I, 12, 2, heads=3, dtype=torch.float64, backend="reference")
     theirs = gpu_lstm.to_torch(copy.deepcopy(module))
-    assert type(theirs) is getattr(nn, kind.__name__)
+    assert type(theirs) is getattr(nn, cls.__name__)
     torch.testing.assert_close(theirs(x)[0], module(x)[0], rtol=0, atol=1e-12)
     assert torch.equal(theirs.weight_hh_l1, functional.dense(module.weight_hh_l1, 12))
     assert torch.equal(functional.of_heads(theirs.weight_hh_l1, 3), module.weight_hh_l1)
@@ -233,7 +231,7 @@ def test_to_torch_cut_and_back(kind):
     torch.testing.assert_close(scripted(x)[0], module(x)[0], rtol=0, atol=1e-12)
     state = {name: functional.of_heads(t, 3) if "hh" in name and t.dim() == 2 else t
              for name, t in theirs.state_dict().items()}  # fmt: skip
-    again = kind(I, 12, 2, heads=3, dtype=torch.float64)
+    again = cls(I, 12, 2, heads=3, dtype=torch.float64)
     again.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
     rows = module._cell.rows * 12
