@@ -42,14 +42,16 @@ ARGUMENTS = OF_TORCH | {  # and the words for our own arguments
     "recompute": dict(recompute=True), "peepholes": dict(peepholes=True), "norms": dict(layer_norm=True),
     "norm-hh": dict(layer_norm=("hh",)), "norm-c": dict(layer_norm=("c",)), "norm-hh-c": dict(layer_norm=("hh", "c")),
     "masks": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)), "dropout_h": dict(recurrent_dropout=0.3),
-    "dropped_h": dict(recurrent_dropout=1.0),
+    "dropped_h": dict(recurrent_dropout=1.0), "weight_drop": dict(weight_drop=0.5),
+    "dropped_weights": dict(weight_drop=1.0), "dropout": dict(dropout=0.25), "dropped_layers": dict(dropout=1.0),
     "zoneout": dict(zoneout=(0.3, 0.45)), "zoneout_h": dict(zoneout=(0.3, 0.0)), "zoneout_c": dict(zoneout=(0.0, 0.45)),
     # The module is in eval(), where only zoneout acts.
     "expected": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45), weight_drop=0.5),
     "heads": dict(heads=2), "three-heads": dict(heads=3), "four-heads": dict(heads=4),
     "gru": {}, "slstm": {}, "stack": {}, "residual": {},  # these words choose GRU, SLSTM, StackedLSTM or StackedGRU
 }  # fmt: skip
-NOISE = {"masks", "zoneout", "dropout_h", "dropped_h", "zoneout_h", "zoneout_c", "expected"}
+NOISE = {"masks", "zoneout", "dropout_h", "dropped_h", "zoneout_h", "zoneout_c", "expected", "weight_drop",
+         "dropped_weights", "dropout", "dropped_layers"}  # fmt: skip
 UNITS = 16  # the error that a yardstick may have, in units in the last place; in test_layer.py it is at most 8
 
 
@@ -319,7 +321,7 @@ def inputs_of(size, words, seed=0):
     absent = [[None]] * len(letters_of(module))
     left = tree_leaves(rest.pop("reset_states")) if "reset_states" in rest else absent
     (((h0, c0),),), (((reset_h, reset_c),),) = (rows_of(module, t) for t in (tree_leaves(hx), left))
-    (names,), ((noise,),) = weights_of(module)[0], noises_of(module, seed, *size[:2])
+    (names,), (((noise,),), *_) = weights_of(module)[0], noises_of(module, seed, *size[:2])
     parameters = {name: p.detach() for name, p in module.named_parameters()}
     masks = {name: torch.from_numpy(a) for name, a in noise.items()}
     for name in masks.keys() & {"zoneout_h", "zoneout_c"}:

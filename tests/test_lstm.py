@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from comparing import PLACES, assert_same, both_kinds, every_backend
+from comparing import assert_same, both_kinds, every_backend
 from pairs import RAGGED, B, H, I, T, assert_alike, pair, random_inputs, results, truth
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -87,25 +87,6 @@ def test_dropout_with_the_same_seed_gives_the_numbers_of_torch(kind):
     for training, (module, x_or_packed) in itertools.product(OFF_ON, ((ours, x), (stack, x), (ours, packed))):
         assert torch.equal(output(module, x_or_packed, training), output(theirs, x_or_packed, training))
     assert not torch.equal(output(ours, packed, True), output(ours, packed, True, seed=6))
-
-
-@every_backend
-def test_dropout_of_everything_leaves_the_second_layer_without_input(backend):
-    """A residual connection adds its input before dropout, so the sum is dropped, too."""
-    chain, stack = pair("StackedLSTM", backend, hidden_sizes=[3, 3])
-    residual = gpu_lstm.StackedLSTM(3, [3, 3], residual=True, backend=backend, **PLACES[backend])
-    residual.load_state_dict(stack.state_dict())
-    x, _ = random_inputs(chain, B)
-    h = chain.layers[0](x.double())[0][-1]
-    expected = dict(output=chain.layers[1](torch.zeros(T, B, 3).double())[0].detach(), h=h.detach())
-    for module in (stack, residual):
-        module.dropout = 1.0
-        output, states = module(*moved(module, x))
-        assert_same(dict(output=output.detach(), h=states[0][0].detach()), expected)
-    # This rate drops nearly everything. The mask is drawn for the features of the projection.
-    theirs, projected = pair("LSTM", backend, num_layers=2, proj_size=2, dropout=1 - 2**-30)
-    found, wanted = (module(*moved(module, x))[0].detach() for module in (projected, theirs))
-    assert_same(dict(output=found), dict(output=wanted))
 
 
 def test_under_autocast_without_gradients_dtypes_may_differ():

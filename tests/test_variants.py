@@ -8,11 +8,9 @@ import pairs
 import pytest
 import torch
 from cases import built, with_random_parameters
-from comparing import BACKENDS, KERNELS_HERE, PLACES, SECOND, assert_same, both_classes, every_backend
+from comparing import KERNELS_HERE, PLACES, SECOND, assert_same, both_classes
 from pairs import LENGTHS, RAGGED, B, H, I, T, assert_identical, random_inputs, results, states_left
 from torch import nn
-from torch.nn.functional import dropout
-from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
@@ -95,26 +93,6 @@ def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype,
         assert all(torch.equal(a.to(dtype), b) for a, b in zip(tree_leaves(found), rounded, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("backend", "words", "rate"),
-    [*((backend, words, 0.5) for backend in BACKENDS for words in ("recompute", "gru")), ("torch", "", 1.0)],
-)
-def test_weight_drop_runs_everywhere(backend, words, rate):
-    """The module computes as an LSTM whose weight_hh is dropped by the same seed. Only weights that remain have
-    gradients."""
-    lstm, plain = made(words, backend, weight_drop=rate), made(words, "reference").to(**PLACES[backend])
-    name, weight_hh = "weight_hh_l0", plain.weight_hh_l0
-    torch.manual_seed(5)
-    factors = dropout(torch.ones_like(weight_hh), rate)
-    weight_hh.data *= factors
-    got, expected = call_of(lstm), call_of(plain)
-    expected[f"d{name}"] *= factors
-    assert_same(got, expected)
-    packed = pack_padded_sequence(torch.randn(4, 4, I).to(weight_hh), torch.tensor([4, 3, 3, 1]))
-    torch.manual_seed(5)
-    torch.testing.assert_close(lstm(packed)[0].data, plain(packed)[0].data, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.usefixtures("with_onednn")
 @pytest.mark.parametrize("words", ["all deep both", "all deep gru", "gru", ""])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -130,20 +108,6 @@ def test_autocast(backend, words, device):
         y, _ = lstm(random_inputs(lstm, B)[0].to(device))
     gradients = torch.autograd.grad(y.float().sum() * 2.0**127 * 4, list(lstm.parameters()))
     assert not any(t.isfinite().all() for t in gradients)
-
-
-@every_backend
-@pytest.mark.parametrize("cls", [gpu_lstm.StackedLSTM, gpu_lstm.StackedGRU])
-def test_what_dropout_keeps_between_layers_is_scaled(backend, cls):
-    stack = cls(3, [4, 5], dropout=0.25, backend=backend).to(**PLACES[backend])
-    x = torch.randn(6, 2, 3, **PLACES[backend])
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        found, _ = stack(x)
-        torch.manual_seed(7)
-        kept = torch.empty(6, 2, 4, dtype=torch.bool, device=x.device).bernoulli_(0.75)
-    lower, upper = stack.layers
-    torch.testing.assert_close(found, upper(lower(x)[0] * kept / 0.75)[0])
 
 
 @both_classes
