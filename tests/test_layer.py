@@ -76,7 +76,8 @@ TABLE = [
     ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "deep ragged resets"),
      (2, "3,3,4,5", "weight_drop recompute", "layer ragged states both", "chunks reverse ragged states no-grad"),
      (2, "3,4,3,33,7", MIX), (2, "3,3,3,9", f"{OF_ALL} both recompute", f"{MOST} masks recompute"),
-     (1, "4,3,3,4", "norms both ragged", "deep both masks peepholes"),
+     (1, "4,3,3,4", "norms both ragged", "deep both masks peepholes", "chunks masks deep no-grad", "dropout deep",
+      "stream deep batch-first", "stream resets no-hx"),
      (1, "4,18,3,40", "heads ragged resets both"), (1, "1,3,3,15", "three-heads")),
     ("triton", F16, (1, "4,5,8,40", MIX), (1, "4,3,4,20,7", f"{MOST} masks")),
     # Several programs with a grid-wide barrier: three tiles, four tiles, and two tiles of units.
