@@ -21,7 +21,7 @@ from cases import built, call_of, check, with_random_parameters
 from comparing import PLACES
 from pairs import assert_identical, letters_of, results
 from places import KERNELS, by_interpreter
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from gpu_lstm.execution import schedule
 from gpu_lstm.kernels import by_steps
@@ -313,22 +313,17 @@ def test_larger_sizes_in_cuda(size, words, dtype):
 ])  # fmt: skip
 def test_second_derivatives_by_finite_differences(backend, size, words):
     module, (x, hx, rest) = everywhere(backend, words, F64, size)
-    names, parameters = zip(*module.train("expected" not in words).named_parameters())
-    like, states = rest.pop("reset_states", None), tree_leaves(hx)
-    left = [] if like is None else tree_leaves(like)
+    module.train("expected" not in words)
+    states = dict(hx=hx) | {name: rest.pop(name) for name in ("reset_states",) if name in rest}
+    leaves, form = tree_flatten((dict(module.named_parameters()), states))
 
-    def call(x, *tensors):
+    def call(x, *leaves):
         torch.manual_seed(0)  # so that each call draws the same masks
-        parts = [list(part) for part in (tensors[: len(states)], tensors[len(states) :])]
-        given, left = dict(zip(names, parts[1])), parts[1][len(names) :]
-        options = rest | (dict(reset_states=of_user(like, left)) if left else {})
-        y, found = torch.func.functional_call(module, given, (x, of_user(hx, parts[0])), options)
+        parameters, states = tree_unflatten(leaves, form)
+        y, found = torch.func.functional_call(module, parameters, (x,), rest | states)
         return y, *tree_leaves(found)
 
-    def of_user(like, leaves):
-        return leaves[0] if isinstance(like, torch.Tensor) else tuple(leaves)
-
-    inputs = [t.detach().double().requires_grad_() for t in (x, *states, *parameters, *left)]
+    inputs = [t.detach().double().requires_grad_() for t in (x, *leaves)]
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
