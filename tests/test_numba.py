@@ -3,12 +3,13 @@
 import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
 import torch
 from cases import built, call_of, with_random_parameters
-from pairs import pair, random_inputs
+from pairs import assert_identical, pair, random_inputs, results
 from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
@@ -161,39 +162,28 @@ def test_what_it_does_not_run_is_refused_by_name_and_never_chosen():
     assert str(refused) == "backend 'numba' runs on CPU tensors, got cuda:0"
 
 
-def bits(t):
-    return t.dtype, t.float().tolist()
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("words", ["deep", "gru", "slstm", "masks", "norms", "stack", "ragged packed", "projected"])
 def test_half_precision_has_the_dtypes_of_the_reference_in_every_kind_of_route(words, autocast):
     """The noise of a seed is the same, too. A graph of torch.compile computes the same bits."""
     dtype, given = torch.bfloat16, {*words.split()}
     size = (9, 5, 3, 6, *[2] * ("projected" in given))  # T, B, I, H, P
-    ours = with_random_parameters(built(size, given, backend="numba"), 0)
-    if not autocast:
-        ours.to(dtype)
+    ours = with_random_parameters(built(size, given, backend="numba"), 0).to(torch.float32 if autocast else dtype)
     (theirs := copy.deepcopy(ours)).backend = "reference"
     x, hx, rest = call_of(ours, size, given, 0)
-    x, hx = x.to(dtype).requires_grad_(), hx if autocast else None
 
     def results_of(call, module):
-        torch.manual_seed(0)
-        with torch.autocast("cpu", dtype, enabled=autocast):
-            y, states = call(x, hx, **rest)
-        gradients = torch.autograd.grad(y.float().square().sum(), [x, *module.parameters()])
-        with torch.autocast("cpu", dtype, enabled=autocast), torch.no_grad():
-            return tree_leaves((y, states, gradients, call(x, hx, **rest)))
+        given = partial(results, module, x, hx, call=torch.autocast("cpu", dtype, enabled=autocast)(call), **rest)
+        found = given()
+        with torch.no_grad():
+            return found | {f"{name} alone": t for name, t in given().items()}
 
     found, expected = results_of(ours, ours), results_of(theirs, theirs)
-    assert [t.dtype for t in found] == [t.dtype for t in expected]
-    for our, their in zip(found, expected):
-        scale = float(their.abs().max())
-        torch.testing.assert_close(our.float(), their.float(), rtol=0, atol=0.05 * scale)
+    assert [t.dtype for t in found.values()] == [t.dtype for t in expected.values()]
+    for name, their in expected.items():
+        torch.testing.assert_close(found[name].float(), their.float(), rtol=0, atol=0.05 * float(their.abs().max()))
     torch._dynamo.reset()
-    compiled = results_of(torch.compile(ours, backend="eager"), ours)
-    assert [*map(bits, compiled)] == [*map(bits, found)]
+    assert_identical(results_of(torch.compile(ours, backend="eager"), ours), found)
 
 
 def test_auto_races_the_loops_in_half_precision(spy, nothing_cached):
