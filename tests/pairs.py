@@ -213,8 +213,11 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
 
 
 def noises_of(module, seed, steps=T, batch=B):
-    """Return what a call of an LSTM, GRU or stack draws after torch.manual_seed(seed): masks [L][D] in the form of the
-    oracle, factors of each W_hh [L][D], and factors of the outputs of all layers but the last.
+    """Return the noise that a call of an LSTM, GRU or stack draws after torch.manual_seed(seed).
+
+    Returns:
+        The masks [L][D] in the form of the oracle, the factors of each W_hh [L][D] or None, and the factors of the
+        outputs of all layers but the last.
 
     The factors of W_hh come first, then the factors of h for dropout, and the masks of h and c that stay. In eval()
     there are only the rates of zoneout.
