@@ -232,6 +232,13 @@ def with_random_parameters(module, seed):
     return module
 
 
+def drawn(size, words, seed=0, **how):
+    """Return the module of a case with random parameters, and a random call of it."""
+    named = {*words.split()}
+    module = with_random_parameters(built(size, named, **how), seed).train("expected" not in named)
+    return module, call_of(module, size, named, seed)
+
+
 def check(
     size, words, backend, dtype, device = "cpu", seeds = 3,
     yardstick=None, first_seed=0,
@@ -246,8 +253,8 @@ def check(
     form = next((FORMS[word] for word in named if word in FORMS), None)
     their_form = form if named & {"packed", "reverse"} or is_wide(size) else None
     for seed in range(first_seed, first_seed + seeds):
-        ours = with_random_parameters(built(size, named, backend=backend), seed).to(device, dtype)
-        call = call_of(ours, size, named, seed)
+        ours, call = drawn(size, words, seed, backend=backend)
+        ours.to(device, dtype)
         found, true = result_of(ours, call, named, seed, form), truth_of(ours, call, named, seed)
         names = [name for name in true if name[0] != "d" or not named & {"stream", "no-grad"}]
         assert list(found) == names
@@ -315,9 +322,7 @@ def truth_of(module, call, words, seed, kind=np.ndarray):
 
 def inputs_of(size, words, seed=0):
     """Return the tensors of a call of one layer in one direction, in float32, with states [B, *]."""
-    named = set(words.split())
-    module = with_random_parameters(built(size, named), seed).train("expected" not in named)
-    x, hx, rest = call_of(module, size, named, seed)
+    named, (module, (x, hx, rest)) = set(words.split()), drawn(size, words, seed)
     absent = [[None]] * len(letters_of(module))
     left = tree_leaves(rest.pop("reset_states")) if "reset_states" in rest else absent
     (((h0, c0),),), (((reset_h, reset_c),),) = (rows_of(module, t) for t in (tree_leaves(hx), left))

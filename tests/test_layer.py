@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import built, call_of, check, with_random_parameters
+from cases import check, drawn
 from comparing import PLACES
 from pairs import assert_identical, letters_of, results
 from places import KERNELS, by_interpreter
@@ -313,7 +313,6 @@ def test_larger_sizes_in_cuda(size, words, dtype):
 ])  # fmt: skip
 def test_second_derivatives_by_finite_differences(backend, size, words):
     module, (x, hx, rest) = everywhere(backend, words, F64, size)
-    module.train("expected" not in words)
     states = dict(hx=hx) | {name: rest.pop(name) for name in ("reset_states",) if name in rest}
     leaves, form = tree_flatten((dict(module.named_parameters()), states))
 
@@ -350,10 +349,10 @@ PAST_THE_LONGEST = "short states both", "none states both", "gru short both", "s
 
 
 def everywhere(place, words, dtype, size):
-    named, backend = set(words.split()), KERNELS[place].backend
+    backend = KERNELS[place].backend
     where = PLACES.get(backend, dict(device="cpu")) | ({} if dtype is None else dict(dtype=dtype))
-    module = with_random_parameters(built(size, named, backend=backend), 0).to(**where)
-    return module, call_of(module, size, named, 0)
+    module, call = drawn(size, words, backend=backend)
+    return module.to(**where), call
 
 
 def nan_or_inf(t: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

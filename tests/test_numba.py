@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from cases import built, call_of, with_random_parameters
+from cases import built, drawn
 from pairs import assert_identical, pair, random_inputs, results
 from torch.utils._pytree import tree_leaves
 
@@ -166,11 +166,10 @@ def test_what_it_does_not_run_is_refused_by_name_and_never_chosen():
 @pytest.mark.parametrize("words", ["deep", "gru", "slstm", "masks", "norms", "stack", "ragged packed", "projected"])
 def test_half_precision_has_the_dtypes_of_the_reference_in_every_kind_of_route(words, autocast):
     """The noise of a seed is the same, too. A graph of torch.compile computes the same bits."""
-    dtype, given = torch.bfloat16, {*words.split()}
-    size = (9, 5, 3, 6, *[2] * ("projected" in given))  # T, B, I, H, P
-    ours = with_random_parameters(built(size, given, backend="numba"), 0).to(torch.float32 if autocast else dtype)
+    dtype, size = torch.bfloat16, (9, 5, 3, 6, *[2] * ("projected" in words))  # T, B, I, H, P
+    ours, (x, hx, rest) = drawn(size, words, backend="numba")
+    ours.to(torch.float32 if autocast else dtype)
     (theirs := copy.deepcopy(ours)).backend = "reference"
-    x, hx, rest = call_of(ours, size, given, 0)
 
     def results_of(call, module):
         given = partial(results, module, x, hx, call=torch.autocast("cpu", dtype, enabled=autocast)(call), **rest)

@@ -5,7 +5,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from cases import FORMS, built, call_of, with_random_parameters
+from cases import FORMS, drawn
 from comparing import BACKENDS, PLACES
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import BaseTorchFunctionMode
@@ -31,10 +31,10 @@ def calls_of(backend):
         named = {*words.split()}
         how = dict(dropout=0.5) if "deep" in named else dict(weight_drop=0.5) if "masks" in named else {}
         by = "reference" if backend == "torch" and named & {"state", "masks"} else backend  # torch's own lacks them
-        module = with_random_parameters(built(size, named, backend=by, **how), 0).to(**place)
-        x, hx, rest = tree_map_only(torch.Tensor, partial(to_place, place), call_of(module, size, named, 0))
+        module, call = drawn(size, words, backend=by, **how)
+        x, hx, rest = tree_map_only(torch.Tensor, partial(to_place, place), call)
         form = next((partial(FORMS[word], module) for word in named if word in FORMS), module)
-        calls[f"{size[0]}, {words}"] = module, partial(form, x, *([] if hx is None else [hx]), **rest)
+        calls[f"{size[0]}, {words}"] = module.to(**place), partial(form, x, *([] if hx is None else [hx]), **rest)
     lstm, deep = (gpu_lstm.LSTM(I, H, **how, backend=backend, **place) for how in ({}, dict(num_layers=2, dropout=0.5)))
     sliding = [gpu_lstm.Stream(each, B) for each in (lstm, gpu_lstm.StackedLSTM(I, [H], backend=backend, **place))]
     x, (resets, lengths) = torch.randn(T, B, I).to(**place), (t.to(place["device"]) for t in (RESETS, LENGTHS))

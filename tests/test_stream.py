@@ -72,6 +72,7 @@ def test_one_step_that_is_packed_or_drops_out_is_as_torchs_own():
             for module in (ours, theirs):
                 torch.manual_seed(0)
                 y, states = module(x)
+                assert x is not sequences or y.sorted_indices is y.unsorted_indices is None
                 found.append([y.data if x is sequences else y, *states])
             torch.testing.assert_close(*found, rtol=0, atol=0)
 
