@@ -7,7 +7,7 @@ import pickle
 import pairs
 import pytest
 import torch
-from cases import built, with_random_parameters
+from cases import drawn
 from comparing import KERNELS_HERE, PLACES, SECOND, assert_same, both_classes
 from pairs import LENGTHS, RAGGED, B, H, I, T, assert_identical, random_inputs, results, states_left
 from torch import nn
@@ -21,18 +21,14 @@ from gpu_lstm.keras import keras_init
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 ABLE = ("reference", KERNELS_HERE)
 OF_NORMS = 16  # the condition of layer norms
-NOISE = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4))
-ALL, GRUS_ZONEOUT = dict(**NOISE, weight_drop=0.25), 0.4
+REGULARISED = dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45), weight_drop=0.5)
 ADDED = {"weight_peephole": 3, "gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}  # times H
 
 
-def made(words, backend, **options):
-    """Build a module in words of cases.py, and "noise" or "all" of it. "residual" needs as many units as features."""
-    named = {*words.split()}
-    options = (NOISE if "noise" in named else ALL if "all" in named else {}) | options
-    size = (T, B, I, I if "residual" in named else H, *([2] if "projected" in named else []))
-    module = with_random_parameters(built(size, named, backend=backend, **options), 0)
-    return module.train("eval" not in named).to(**PLACES.get(backend, {}))
+def made(words, backend):
+    """Build a module in words of cases.py. "residual" needs as many units as features."""
+    size = (T, B, I, I if "residual" in words else H, *([2] if "projected" in words else []))
+    return drawn(size, words, backend=backend)[0].to(**PLACES.get(backend, {}))
 
 
 def call_of(module, **how):
@@ -41,8 +37,8 @@ def call_of(module, **how):
 
 @pytest.mark.parametrize(("words", "frozen"), [
     ("peepholes norm-hh-c no-bias recompute", ""), ("peepholes norm-hh-c no-bias recompute", "gain"),
-    ("projected both recompute peepholes", "weight_hh"), ("projected both recompute noise", ""),
-    ("gru both recompute noise", ""), ("gru deep", "weight_hh")])  # fmt: skip
+    ("projected both recompute peepholes", "weight_hh"), ("projected both recompute masks", ""),
+    ("gru both recompute masks", ""), ("gru deep", "weight_hh")])  # fmt: skip
 def test_gradients_of_gradients_by_the_kernels(words, frozen):
     """The gradients are of c alone, with parts frozen, or of everything, with states to reset to."""
     found = []
@@ -50,7 +46,7 @@ def test_gradients_of_gradients_by_the_kernels(words, frozen):
         module = made(words, backend).float()
         place = next(module.parameters())
         given, ragged = [*random_inputs(module, B)], {}
-        if "noise" in words:
+        if "masks" in words:
             given.append(states_left(module, given[1], T, a_step=True))
             ragged = {name: t.to(place.device) for name, t in RAGGED.items()}
         given = tree_map_only(torch.Tensor, lambda t: t.to(place).requires_grad_(), given)  # noqa: B023
@@ -70,7 +66,7 @@ def test_gradients_of_gradients_by_the_kernels(words, frozen):
 
 
 def test_a_trace_shows_the_states_after_zoneout():
-    lstm = made("deep both", "reference", zoneout=NOISE["zoneout"])
+    lstm = made("deep both zoneout", "reference")
     x = random_inputs(lstm, B)[0].to(lstm.weight_ih_l0)
     output, states = pairs.seeded(lstm, x, lengths=LENGTHS)
     traced = pairs.seeded(gpu_lstm.trace, lstm, x, lengths=LENGTHS)
@@ -81,7 +77,7 @@ def test_a_trace_shows_the_states_after_zoneout():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("words", ["projected both", "projected noise eval", "gru both noise eval"])
+@pytest.mark.parametrize("words", ["projected both", "projected expected", "gru both expected"])
 def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype, words):
     lstm = made(words, "reference").to(dtype)
     x, hx = tree_map_only(torch.Tensor, lambda t: t.to(dtype), random_inputs(lstm, B))
@@ -94,7 +90,7 @@ def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype,
 
 
 @pytest.mark.usefixtures("with_onednn")
-@pytest.mark.parametrize("words", ["all deep both", "all deep gru", "gru", ""])
+@pytest.mark.parametrize("words", ["masks weight_drop deep both", "masks weight_drop deep gru", "gru", ""])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_autocast(backend, words, device):
     """A loss that is scaled too far has gradients that are not finite, as a GradScaler expects."""
@@ -144,10 +140,10 @@ def test_parameters(cls, options, names):
 
 @pytest.mark.parametrize("words", ["recompute", "stack", "gru deep", "gru stack"])
 def test_pickles(words):
-    twin, old = pickle.loads(pickle.dumps(made(f"{words} all", None))), made(words, None)
-    expected = ALL | (dict(zoneout=GRUS_ZONEOUT) if "gru" in words else {})
-    assert {name: getattr(twin, name) for name in ALL} == expected
-    for name in ALL:
+    twin, old = pickle.loads(pickle.dumps(made(f"{words} masks weight_drop", None))), made(words, None)
+    expected = REGULARISED | (dict(zoneout=0.45) if "gru" in words else {})
+    assert {name: getattr(twin, name) for name in expected} == expected
+    for name in expected:
         del old.__dict__[name]  # older pickles do not have these
     old = pickle.loads(pickle.dumps(old))
     assert repr(old) == repr(made(words, None))
