@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import DEVICE, PLACES, both_classes
+from comparing import DEVICE, PLACES, both_classes, both_kinds
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
@@ -160,6 +160,16 @@ def test_without_autocast_a_float32_c_beside_half_precision_is_not_rounded(backe
     module, c = gpu_lstm.LSTM(I, H, backend=backend).to(device, DTYPE), torch.rand(1, B, H, device=device)
     x, h, lengths = (t.to(device) for t in (inputs().to(DTYPE), torch.zeros(1, B, H).to(DTYPE), torch.zeros(B).long()))
     assert torch.equal(module(x, (h, c), lengths=lengths)[1][1], c)
+
+
+@by_ours
+@both_kinds
+def test_a_loss_that_is_scaled_too_far_has_gradients_that_are_not_finite(backend, kind):
+    """A GradScaler expects them."""
+    _, module = modules(backend, kind)
+    with autocast():
+        loss = module(inputs())[0].float().sum() * 2.0**127 * 4
+    assert not any(t.isfinite().all() for t in torch.autograd.grad(loss, list(module.parameters())))
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
