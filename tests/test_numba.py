@@ -105,8 +105,8 @@ def test_calls_in_threads_at_once(module_and_call):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU, gpu_lstm.SLSTM])
 def test_bits_depend_on_neither_batch_nor_threads(module_and_call, cls, heads):
-    """Sizes fill no vector, one panel, and several. One step has no panels, and is tested, too."""
-    for inputs, hidden in ((3, 6), (17, 34), (40, 66)):
+    """Sizes fill no vector, one panel, and several. Some sums are divided. One step, without panels, is tested, too."""
+    for inputs, hidden in ((3, 6), (17, 34), (150, 66)):
         for steps_, rest in ((1, {}), (11, {}), (11, dict(lengths=torch.arange(9) + 3))):
             module, x = cls(inputs, hidden, heads=heads, backend="numba"), torch.randn(steps_, 9, inputs)
             with torch.no_grad():
@@ -132,6 +132,16 @@ def run_like(module, x, **rest):
     with torch.no_grad():
         y = module(x, **rest)[0]
     return y, *run(module, x, **rest)
+
+
+def test_the_error_of_a_long_sum_is_at_most_twice_the_error_of_the_reference():
+    """A call of one sequence, for which torch's own products have their smallest errors."""
+    module, x, y = gpu_lstm.SLSTM(512, 512, heads=4), torch.randn(16, 1, 512), {}
+    with torch.no_grad():
+        true = in_float64(module)(x.double())[0]
+        for module.backend in ("numba", "reference"):
+            y[module.backend] = (module(x)[0] - true).norm()
+    assert y["numba"] <= 2 * y["reference"]
 
 
 @pytest.mark.usefixtures("nan_in_fresh_memory")
