@@ -24,6 +24,17 @@ numba = pytest.importorskip("numba")
 F32 = np.finfo(np.float32)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "SLSTM"])
+def test_an_empty_batch_is_raced_too(nothing_cached, kind):
+    """The loops are compiled by then, so auto races every kind of call."""
+    module, x = getattr(gpu_lstm, kind)(3, 6), torch.zeros(20, 0, 3)
+    with gpu_lstm.backend("numba"):
+        module(x)
+    y, _ = module(x)
+    assert y.shape == (20, 0, 6)
+    y.sum().backward()
+
+
 @pytest.mark.parametrize("winner", ["numba", "torch"])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_kind_of_call_is_raced_once(monkeypatch, nothing_cached, winner, training):
