@@ -151,6 +151,9 @@ def check_layers(function: str, module: object, classes: Any = Layers) -> None:
     """Raise TypeError unless `function` accepts `module`, which has to be of one of these classes."""
     if not isinstance(module, classes):
         advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, rnn.LSTM | rnn.GRU)
+        children = module.named_modules() if isinstance(module, nn.Module) else ()
+        if inside := [path for path, child in children if isinstance(child, classes)]:
+            advice = f": give it the module {inside[0]!r} of it"
         raise TypeError(f"{function} accepts an LSTM, a GRU, an SLSTM or a stack, got {type(module).__name__}{advice}")
 
 
