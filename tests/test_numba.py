@@ -210,6 +210,17 @@ def test_all_steps_of_a_variant_are_one_call_of_a_loop(monkeypatch, words):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+def test_an_inference_normalises_the_product_with_x(steps):
+    """This layer norm is outside the time loop, so a loop that multiplies x itself would leave it out."""
+    ours = gpu_lstm.LSTM(3, 6, layer_norm=("ih",), backend="numba")
+    theirs, x = copy.deepcopy(ours), torch.randn(steps, 2, 3)
+    theirs.backend = "reference"
+    with torch.no_grad():
+        for _ in range(2):  # the first call prepares the layer
+            torch.testing.assert_close(ours(x), theirs(x))
+
+
 def test_what_it_does_not_run_is_refused_by_name_and_never_chosen():
     lstm, x = gpu_lstm.SLSTM(3, 4, dtype=torch.float64), torch.zeros(20, 2, 3, dtype=torch.float64)
     assert gpu_lstm.explain(lstm, x).backend == "reference"
