@@ -258,7 +258,7 @@ COMMANDS = [
     (OURS, f"{PLAN} --steps 1.5", "argument --steps: expected a whole number, got '1.5'$"),
     (OURS, f"{PLAN} --device k80", "^unknown device 'k80'; known: h100, a100, "),
     (OURS, f"{PLAN} --hidden 1000000", "^W_hh of 1000000 units takes 8000 GB, more than any known card has$"),
-    (OURS, f"{PLAN} --layer-norm --cell gru", "^--layer-norm is of an LSTM without heads, got gru with 1$"),
+    (OURS, f"{PLAN} --layer-norm --cell gru", "^--layer-norm needs an LSTM without heads, got gru with heads=1$"),
     (OURS, "compile --cells rnn", "argument --cells: invalid choice: 'rnn'"),
     (OURS, "compile --dtype bf16", "argument --dtype: invalid choice: 'bf16'"),
     (OURS, "compile --hidden 0", "argument --hidden: expected at least 1, got 0$"),
