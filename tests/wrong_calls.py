@@ -394,9 +394,9 @@ CALLS = [
     # convert, to_torch
     ("TypeError: convert accepts a torch.nn.Module, got list", "gpu_lstm.convert([TORCHS])"),
     ("TypeError: to_torch accepts a torch.nn.Module, got type", "gpu_lstm.to_torch(nn.LSTM)"),
-    *((f"TypeError: the model itself is a Stacked{kind} of sizes [4, 4], with a {states} a layer; a torch.nn.{kind} "
-       f"has layers of one size, and one {states} for all", f"gpu_lstm.to_torch(m.{module})")
-      for kind, states, module in (("LSTM", "pair of states", "stack"), ("GRU", "tensor of states", "gru_stack"))),
+    *((f"TypeError: the model itself is a Stacked{kind} of sizes [4, 4]; a torch.nn.{kind} has layers of one size, and "
+       "no list of states", f"gpu_lstm.to_torch(m.{module})")
+      for kind, module in (("LSTM", "stack"), ("GRU", "gru_stack"))),
     # resets_from_dones
     (a_tensor("dones", "list"), "gpu_lstm.resets_from_dones([[True]])"),
     *(("ValueError: Expected bool dones [T, N] of a step or more, got ...", f"gpu_lstm.resets_from_dones({value})")
