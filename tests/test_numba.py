@@ -24,6 +24,17 @@ numba = pytest.importorskip("numba")
 F32 = np.finfo(np.float32)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "SLSTM"])
+def test_an_empty_batch_is_raced_too(nothing_cached, kind):
+    """The loops are compiled by then, so auto races every kind of call."""
+    module, x = getattr(gpu_lstm, kind)(3, 6), torch.zeros(20, 0, 3)
+    with gpu_lstm.backend("numba"):
+        module(x)
+    y, _ = module(x)
+    assert y.shape == (20, 0, 6)
+    y.sum().backward()
+
+
 @pytest.mark.parametrize("winner", ["numba", "torch"])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_kind_of_call_is_raced_once(monkeypatch, nothing_cached, winner, training):
@@ -207,6 +218,17 @@ def test_all_steps_of_a_variant_are_one_call_of_a_loop(monkeypatch, words):
     monkeypatch.setattr(build, "run", lambda *given: (calls.append(given), run_in(*given)))
     run(module, x)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_an_inference_normalises_the_product_with_x(steps):
+    """This layer norm is outside the time loop, so a loop that multiplies x itself would leave it out."""
+    ours = gpu_lstm.LSTM(3, 6, layer_norm=("ih",), backend="numba")
+    theirs, x = copy.deepcopy(ours), torch.randn(steps, 2, 3)
+    theirs.backend = "reference"
+    with torch.no_grad():
+        for _ in range(2):  # the first call prepares the layer
+            torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_what_it_does_not_run_is_refused_by_name_and_never_chosen():
