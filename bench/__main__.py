@@ -27,9 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     return compare.show(results.read(options.old), results.read(options.new), options.fail_under)
                 case "page":
                     files, docs = sorted((ROOT / "bench" / "results").glob("*.csv")), ROOT / "docs"
-                    for file in files:
-                        plots.draw(results.read(file), docs / "pictures")
-                    report.update_page(docs / "benchmarks.md", files, sorted((docs / "pictures").glob("*.png")))
+                    pictures = {file: docs / "pictures" / f"instead-{file.stem}.png" for file in files}
+                    for file, picture in pictures.items():
+                        plots.draw(results.read(file), picture)
+                    report.update_page(docs / "benchmarks.md", pictures)
                     return 0
                 case "cpu":
                     return cpu.run(options.out, options.threads)
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show(file: Path) -> int:
-    """Draw plots next to a results file, and print its tables, the summary last.
+    """Draw a picture next to a results file, and print its tables, the summary last.
 
     Return the exit status: 1 if a row of gpu_lstm is wrong or failed, or if there is no row, else 0.
     """
@@ -72,7 +73,8 @@ def show(file: Path) -> int:
         console.print(f"Nothing was measured: {file} has no row. The reason is above.")
         return 1
     wrong = rows[report.is_ours(rows) & rows["status"].isin(results.BROKEN)]
-    console.print(*report.details(rows), f"{file} and {len(plots.draw(rows, file.parent))} plots next to it", sep="\n")
+    picture = " and a picture next to it" * plots.draw(rows, file.with_suffix(".png"))
+    console.print(*report.details(rows), f"{file}{picture}", sep="\n")
     for row in wrong.itertuples():
         console.print(f"{row.status.upper()} {row.case} {row.provider}: {row.note}")
     console.print(report.summary(rows))

@@ -23,19 +23,15 @@ LOOKS = {  # marker and colour of a workaround, by its provider
 FEWEST = 3  # the fewest cases that are worth a picture
 
 
-def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
-    """Save the figure of each device as instead-DEVICE.png in `folder`, which may exist. Return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for device, its in rows.groupby("device", sort=False):
-        with style.context(LOOK):
-            figure = instead(report.measured(its))
-            if figure is not None:
-                paths.append(folder / f"instead-{report.slug(device)}.png")
-                figure.savefig(paths[-1], dpi=150)
-                few = Image.open(paths[-1]).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
-                few.save(paths[-1], optimize=True)  # with few colours it has a third of the bytes
-    return paths
+def draw(rows: pd.DataFrame, path: Path) -> bool:
+    """Save a picture of the results of one device. Return whether they have enough cases."""
+    with style.context(LOOK):
+        if (figure := instead(report.measured(rows))) is None:
+            return False
+        figure.savefig(path, dpi=150)
+    few = Image.open(path).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
+    few.save(path, optimize=True)  # with few colours it has a third of the bytes
+    return True
 
 
 def instead(rows: pd.DataFrame) -> Figure | None:
