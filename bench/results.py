@@ -69,7 +69,7 @@ def provenance(device: str) -> dict[str, Any]:
         "triton": versions.get("triton"),
         "cupy": versions.get("cupy-cuda13x") or versions.get("cupy-cuda12x") or versions.get("cupy"),
         "cuda": torch.version.cuda if cuda else None,
-        "cudnn": cache.machine(torch.device(device))["cuDNN"] if cuda else None,  # which older commits have, too
+        "cudnn": cache.machine(torch.device("cpu"))["cuDNN"] if cuda else None,  # older commits have that key, too
         "driver": driver or None, "clock_mhz": clock or None, "schema": SCHEMA,
     }  # fmt: skip
 
