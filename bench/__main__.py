@@ -16,6 +16,12 @@ from . import acting, cases, compare, conversion, cpu, gpu, host, measure, plots
 from .isolated import ROOT, checkout
 from .providers import OURS, PROVIDERS
 
+ON_A_CPU = {  # commands that measure on a CPU: the function, and what it measures
+    "models": (conversion.run, "whole models on a CPU, before and after gpu_lstm.convert"),
+    "acting": (acting.run, "a step of many environments on a CPU, by torch.nn, a module and a Stream"),
+    "cpu": (cpu.run, "how much time `auto` wastes on this CPU by what it chooses; takes ten minutes"),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 fine, 1 something is wrong or slower, 2 a user error."""
@@ -32,12 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         plots.draw(results.read(file), picture)
                     report.update_page(docs / "benchmarks.md", pictures)
                     return 0
-                case "cpu":
-                    return cpu.run(options.out, options.threads)
-                case "models":
-                    return conversion.run(options.out, options.threads)
-                case "acting":
-                    return acting.run(options.out, options.threads)
+                case name if name in ON_A_CPU:
+                    return ON_A_CPU[name][0](options.out, options.threads)
                 case "ppo":
                     return ppo.run(options.device, options.out)
                 case "host":
@@ -106,11 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("ppo", help="an iteration of recurrent PPO beside a loop over steps").add_argument
     add("--device", **device)
     add("--out", **file)
-    for name, about in (
-        ("models", "whole models on a CPU, before and after gpu_lstm.convert"),
-        ("acting", "a step of many environments on a CPU, by torch.nn, a module and a Stream"),
-        ("cpu", "how much time `auto` wastes on this CPU by what it chooses; takes ten minutes"),
-    ):
+    for name, (_, about) in ON_A_CPU.items():
         add = commands.add_parser(name, help=about).add_argument
         add("--threads", type=int, default=1, help="of torch (default %(default)s)")
         add("--out", **file)

@@ -16,10 +16,7 @@ LOOK: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "0.9", "lines.markersize": 4.5, "lines.linestyle": "none",
 }  # fmt: skip
-LOOKS = {  # marker and colour of a workaround, by its provider
-    "cleanrl-loop": ("s", "0.6"), "torch-packed": ("P", "#3f7d0a"), "rl_games-pieces": ("o", "#1f5fa8"),
-    "rsl_rl-padded": ("D", "#d9730d"), "head-loop": ("^", "#8a3fa8"), "xlstm-vanilla": ("v", "#a83f3f"),
-}  # fmt: skip
+MARKERS = "sPoD^v"  # of the workarounds, in the order of report.WORKAROUNDS
 FEWEST = 3  # the fewest cases that are worth a picture
 
 
@@ -51,9 +48,10 @@ def instead(rows: pd.DataFrame) -> Figure | None:
     figure = Figure(figsize=(4.8, 1.9 + 0.21 * len(cases)))
     axes = figure.subplots()
     axes.axvline(1, color="black", linewidth=1, linestyle="-")
-    for provider, its in lines.groupby("provider", sort=False):
-        marker, colour = LOOKS[provider]
-        axes.plot(its["ratio"], its["case"].map(places), marker, color=colour, label=report.COLUMN[provider])
+    for n, (provider, (column, _)) in enumerate(report.WORKAROUNDS.items()):
+        its = lines[lines["provider"] == provider]
+        if len(its):
+            axes.plot(its["ratio"], its["case"].map(places), MARKERS[n], color=f"C{n}", label=column)
     axes.set_yticks(range(len(cases)), [report.sizes(case, base) for case in cases["object"]])
     axes.set(xscale="log", xlabel="the workaround's time over that of one call")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

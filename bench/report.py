@@ -23,18 +23,15 @@ EVEN = 0.02  # times that differ by less are called even
 OF_HEADS = "head-loop", "xlstm-vanilla"  # their cases have a separate table
 EVEN_ON_A_CPU = 0.07  # on a CPU torch's own runs many plain calls; pages show such cases as a range
 MIB = 2**20
-WRITTEN = {  # the usual workarounds for features that torch.nn.LSTM lacks, by their provider
-    "head-loop": "an nn.LSTM for each head",
-    "xlstm-vanilla": "xlstm's cell in torch's operators, a step at a time",
-    "cleanrl-loop": "nn.LSTM called at every step, its state masked",
-    "torch-packed": "sequences sorted, packed and unpacked",
-    "rl_games-pieces": "nn.LSTM called between any two resets, its state masked",
-    "rsl_rl-padded": "trajectories padded to T, from reset to reset",
+# The usual workarounds for features that torch.nn.LSTM lacks, by their provider: in a word or two, and in a sentence.
+WORKAROUNDS = {
+    "cleanrl-loop": ("step by step", "nn.LSTM called at every step, its state masked"),
+    "torch-packed": ("packed", "sequences sorted, packed and unpacked"),
+    "rl_games-pieces": ("in pieces", "nn.LSTM called between any two resets, its state masked"),
+    "rsl_rl-padded": ("padded", "trajectories padded to T, from reset to reset"),
+    "head-loop": ("head by head", "an nn.LSTM for each head"),
+    "xlstm-vanilla": ("xlstm", "xlstm's cell in torch's operators, a step at a time"),
 }
-COLUMN = {
-    "cleanrl-loop": "step by step", "torch-packed": "packed", "rl_games-pieces": "in pieces", "rsl_rl-padded": "padded",
-    "head-loop": "head by head", "xlstm-vanilla": "xlstm",
-}  # fmt: skip
 AROUND = ["case", "usual workaround", "ms", "gpu_lstm, ms", "times as fast"]
 STARRED = "* torch.nn timed without the lengths, resets or variant, which it does not support"
 BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
@@ -97,9 +94,9 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
 def instead(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the usual workarounds in every case: the columns AROUND as text, and the `ratio` of the times."""
     ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
-    its = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured") & rows["over_ours"].notna()]
+    its = rows[rows["provider"].isin(WORKAROUNDS) & (rows["status"] == "measured") & rows["over_ours"].notna()]
     interval = " (" + texts(its["over_ours_low"]) + "-" + texts(its["over_ours_high"]) + ")"
-    words = [WRITTEN[name].replace("LSTM", case.cell.upper()) for name, case in zip(its["provider"], its["object"])]
+    words = [WORKAROUNDS[name][1].replace("LSTM", cell.upper()) for name, cell in zip(its["provider"], its["cell"])]
     columns = _names(its), words, texts(1e3 * its["median_s"]), texts(1e3 * its["case"].map(ours))
     ratio = its["over_ours"]
     return its.assign(ratio=ratio, **dict(zip(AROUND, (*columns, texts(ratio) + interval))))
@@ -210,9 +207,10 @@ def _over_ours(around: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     cells = around[trained & ~rare].drop_duplicates("case").set_index("case")[["gpu_lstm, ms"]]
     ratios = {r"torch.nn\*": torchs[torchs.index.isin(around["case"])]}
     cells[r"torch.nn\*"] = texts(torchs)
-    for provider, column in ((name, COLUMN[name]) for name in COLUMN if name in set(around["provider"])):
+    for provider, (column, _) in WORKAROUNDS.items():
         its = around[around["provider"] == provider].set_index("case")
-        cells[column], ratios[column] = its["times as fast"].reindex(cells.index).fillna(""), its["ratio"]
+        if len(its):
+            cells[column], ratios[column] = its["times as fast"].reindex(cells.index).fillna(""), its["ratio"]
     for name, others in (f"training {RARE}", around[rare]["case"]), ("forward", around[~trained]["case"]):
         if len(others):
             ends = [its[its.index.isin(others)].agg(["min", "max"]).dropna() for its in ratios.values()]

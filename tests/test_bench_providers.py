@@ -41,8 +41,8 @@ CASES = {
 DEEP = VARIANTS.keys() - {"layer_norm"}
 OURS = {"ours", "ours-triton", "ours-reference"}
 OTHERS = {  # providers that need no package, and must run in these cases
-    "plain": {"cell-loop", "compiled-loop"}, "ragged": {"torch-packed"}, "heads": {"head-loop"},
-    "resets": {"cleanrl-loop", "rl_games-pieces", "rsl_rl-padded"}, "step": {"cell-loop", "ours-stream"},
+    "plain": {"compiled-loop"}, "ragged": {"torch-packed"}, "heads": {"head-loop"},
+    "resets": {"cleanrl-loop", "rl_games-pieces", "rsl_rl-padded"}, "step": {"ours-stream"},
 }  # fmt: skip
 BY_TORCH = "plain layers directions packed step gru gru-step heads gru-heads heads-directions"
 
