@@ -16,7 +16,7 @@ from . import acting, cases, compare, conversion, cpu, gpu, host, measure, plots
 from .isolated import ROOT, checkout
 from .providers import OURS, PROVIDERS
 
-ON_A_CPU = {  # commands that measure on a CPU: the function, and what it measures
+ON_A_CPU = {  # the commands for a CPU: each has a function and the text of its help
     "models": (conversion.run, "whole models on a CPU, before and after gpu_lstm.convert"),
     "acting": (acting.run, "a step of many environments on a CPU, by torch.nn, a module and a Stream"),
     "cpu": (cpu.run, "how much time `auto` wastes on this CPU by what it chooses; takes ten minutes"),

@@ -38,7 +38,7 @@ BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
 RARE = "resets 0.5%"  # its cases share a line on the pages
-SHOWN = "The time of each usual workaround over that of one call"  # the caption of the picture of all cases
+SHOWN = "The time of each usual workaround, divided by the time of one call"  # the caption of the picture of all cases
 # LEFT are the columns that are aligned on the left. FOLDED are the columns that are folded in a narrow terminal.
 LEFT = ("mode", "case", "usual workaround", "provider", "status", "note", "best other", "verdict")
 FOLDED = ("note", "best other", "verdict", "case", "usual workaround")

@@ -85,7 +85,7 @@ def data_flow(palette: Palette) -> Figure:
         ((75, 73), (22, 8), palette.page, "numba_rnn/", "a loop for CPUs,\ncompiled by LLVM"),
     ):  # fmt: skip
         box(axes, place, size, (title, text), colour, palette)
-    for top, bottom, middle, text in (  # the arrows from stage to stage, and what one stage hands to the next
+    for top, bottom, middle, text in (  # the arrows from stage to stage, each with a text
         (9, 15, 12, "options, weights, input, hx,\nlengths, resets"),
         (23, 29, 26, "Request: x, states, weights,\nand settings of the process"),
         (37, 49, 43, "Call: x [T, B, I], one pair of states\nfor each layer and direction"),
