@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("new", type=Path, help="CSV of the run now, on the same device")
     fail = "fail where the speed is less than this fraction of that before (default %(default)s)"
     add("--fail-under", type=float, default=compare.FAIL_UNDER, metavar="RATIO", help=fail)
-    add = commands.add_parser("gpu", help="doctor, tests, grid, plots and a table, for a CUDA machine").add_argument
+    add = commands.add_parser("gpu", help="doctor, tests, grid, a picture and tables, for a CUDA machine").add_argument
     add("--minutes", type=_minutes, default=8.0, help="for everything together")
     add("--out", type=Path, required=True, help="folder for everything it writes")
     add = commands.add_parser("ppo", help="an iteration of recurrent PPO beside a loop over steps").add_argument
