@@ -11,7 +11,7 @@ import torch
 from installed import ROOT
 
 from bench import __main__ as command_line
-from bench import acting, compare, conversion, host, ppo, report, results, timing
+from bench import acting, compare, conversion, host, ppo, report, results, rows, timing
 from bench.cases import VARIANTS, Case
 from bench.inputs import Inputs, results_in
 from bench.measure import Trial
@@ -141,6 +141,14 @@ def test_rows_are_printed_and_stored_with_their_provenance(timed, monkeypatch, c
     stored = pd.read_csv(file)
     assert len(stored) == len(printed)
     assert set(stored["torch"]) == {torch.__version__}
+
+
+def test_a_result_that_differs_or_is_missing_is_named():
+    ones = torch.ones(3)
+    rows.check_same({"y": ones + 1e-6}, {"y": ones}, 1e-5)
+    for found in ({"y": ones + 1e-4}, {"y": ones * float("nan")}, {}):
+        with pytest.raises(RuntimeError, match=r"^y differs by .*, expected at most 1e-05"):
+            rows.check_same(found, {"y": ones}, 1e-5)
 
 
 @pytest.mark.deep
