@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
-from .call.checks import check_dimensions, check_heads, check_tensor, named_weights
+from .call.checks import check_dimensions, check_heads, check_positive, check_tensor, named_weights
 from .call.choices import AnyBackend
 from .call.prepare import request_of_layer
 from .call.weights import State, Weights
@@ -167,9 +167,10 @@ def dense(weight_hh: Tensor, hidden_size: int) -> Tensor:
         The block-diagonal weights, [4H, H] or [3H, H].
 
     Raises:
-        TypeError: `weight_hh` is not a tensor.
-        ValueError: `weight_hh` does not have such a size.
+        TypeError: `hidden_size` is not an int, or `weight_hh` is not a tensor.
+        ValueError: `hidden_size` is not positive, or `weight_hh` does not have such a size.
     """
+    check_positive("hidden_size", hidden_size)
     _hidden_of(weight_hh, hidden_size)
     return products.dense(weight_hh, hidden_size)
 
@@ -182,6 +183,7 @@ def _hidden_of(weight_hh: Tensor, hidden: int | None = None) -> int:
     check_tensor(weight_hh, "weight_hh")
     rows, columns = weight_hh.shape if weight_hh.dim() == 2 else (0, 0)
     hidden = columns if hidden is None else hidden
-    if not (rows and columns and hidden > 0) or rows % hidden or hidden % columns:
-        raise ValueError(f"Expected weight_hh with a multiple of {hidden} rows, got {list(weight_hh.shape)}")
+    if not (rows and columns) or rows % hidden or hidden % columns:
+        expected = f"a multiple of {hidden} rows and a divisor of {hidden} columns"
+        raise ValueError(f"Expected weight_hh with {expected}, got {list(weight_hh.shape)}")
     return hidden

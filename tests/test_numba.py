@@ -22,6 +22,17 @@ from gpu_lstm.verification import verify
 pytest.importorskip("numba")
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "SLSTM"])
+def test_an_empty_batch_is_raced_too(nothing_cached, kind):
+    """The loops are compiled by then, so auto races every kind of call."""
+    module, x = getattr(gpu_lstm, kind)(3, 6), torch.zeros(20, 0, 3)
+    with gpu_lstm.backend("numba"):
+        module(x)
+    y, _ = module(x)
+    assert y.shape == (20, 0, 6)
+    y.sum().backward()
+
+
 @pytest.mark.parametrize("winner", ["numba", "torch"])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_kind_of_call_is_raced_once(monkeypatch, nothing_cached, winner, training):
@@ -101,8 +112,8 @@ def test_calls_in_threads_at_once(module_and_call):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU, gpu_lstm.SLSTM])
 def test_bits_depend_on_neither_batch_nor_threads(module_and_call, cls, heads):
-    """Sizes fill no vector, one panel, and several. One step has no panels, and is tested, too."""
-    for inputs, hidden in ((3, 6), (17, 34), (40, 66)):
+    """Sizes fill no vector, one panel, and several. Some sums are divided. One step, without panels, is tested, too."""
+    for inputs, hidden in ((3, 6), (17, 34), (150, 66)):
         for steps_, rest in ((1, {}), (11, {}), (11, dict(lengths=torch.arange(9) + 3))):
             module, x = cls(inputs, hidden, heads=heads, backend="numba"), torch.randn(steps_, 9, inputs)
             with torch.no_grad():
@@ -143,6 +154,16 @@ def test_a_step_is_one_call_of_a_compiled_function_a_layer(calls, kind, options,
     assert calls.call_count == 3 * layers
 
 
+def test_the_error_of_a_long_sum_is_at_most_twice_the_error_of_the_reference():
+    """A call of one sequence, for which torch's own products have their smallest errors."""
+    module, x, y = gpu_lstm.SLSTM(512, 512, heads=4), torch.randn(16, 1, 512), {}
+    with torch.no_grad():
+        true = copy.deepcopy(module).double()(x.double())[0]
+        for module.backend in ("numba", "reference"):
+            y[module.backend] = (module(x)[0] - true).norm()
+    assert y["numba"] <= 2 * y["reference"]
+
+
 @pytest.mark.parametrize("words", ["norms", "norm-hh", "norm-c", "masks peepholes"])
 def test_all_steps_of_a_variant_are_one_call_of_a_loop(calls, words):
     module, x = built((7, 5, 3, 12), {*words.split()}, backend="numba"), torch.randn(7, 5, 3)
@@ -150,6 +171,17 @@ def test_all_steps_of_a_variant_are_one_call_of_a_loop(calls, words):
     calls.reset_mock()
     run(module, x)
     assert calls.call_count == 2
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_an_inference_normalises_the_product_with_x(steps):
+    """This layer norm is outside the time loop, so a loop that multiplies x itself would leave it out."""
+    ours = gpu_lstm.LSTM(3, 6, layer_norm=("ih",), backend="numba")
+    theirs, x = copy.deepcopy(ours), torch.randn(steps, 2, 3)
+    theirs.backend = "reference"
+    with torch.no_grad():
+        for _ in range(2):  # the first call prepares the layer
+            torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_what_it_does_not_run_is_refused_by_name_and_never_chosen():

@@ -50,6 +50,20 @@ def test_names_values_and_repr_are_those_of_torch(cls, arguments):
         assert {(p.dtype, p.device.type) for p in created} == {(torch.float16, "meta")}
 
 
+@pytest.mark.parametrize("options", [dict(heads=2), dict(peepholes=True, layer_norm=("c",))], ids=str)
+@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.LSTMCell])
+def test_a_subclass_may_draw_all_parameters_itself(cls, options):
+    class Mine(cls):
+        def reset_parameters(self):
+            for parameter in self.parameters():
+                nn.init.constant_(parameter, 0.25)
+
+    mine, shapes = Mine(I, H, **options), {name: p.shape for name, p in cls(I, H, **options).named_parameters()}
+    assert {name: p.shape for name, p in mine.named_parameters()} == shapes
+    assert all((p == 0.25).all() for p in mine.parameters())
+    assert "reset_parameters" not in vars(mine)
+
+
 @pytest.mark.parametrize("cls", [gpu_lstm.StackedLSTM, gpu_lstm.StackedGRU])
 def test_a_stack_has_the_initial_values_of_a_deep_module_and_takes_device_and_dtype(cls):
     assert not hasattr(cls(I, [H]), "reset_parameters")  # tools call it on any module that has it

@@ -97,6 +97,11 @@ def test_explain_takes_a_cell(steps, said):
     gpu_lstm.use_for_slstm(cell)
     explanation = gpu_lstm.explain(cell, x)
     assert said in str(explanation)
+    if explanation.layers:  # the cell is given W_ih x
+        assert f"SLSTM W_ih x -> {H} " in explanation.problem
+        assert f"W_ih x -> {H} of {HEADS} heads" in str(explanation)
+    with pytest.raises(TypeError, match="got ModuleDict: give it the module 'cell' of it"):
+        gpu_lstm.explain(nn.ModuleDict({"cell": cell}), x)
     assert (explanation.backend == "reference") == (steps == 1 or not numba_is_there())
 
 

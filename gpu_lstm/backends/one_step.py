@@ -19,6 +19,7 @@ def is_one(call: Request) -> bool:
         return False
     plain = options.directions == 1 and not (options.connects or options.noisy) and call.traversal.is_plain()
     usual = x.is_cpu and x.dtype is torch.float32 and x.shape[-1] > 0
+    usual = usual and call.weights[0][0].gain_ih is None  # the loop does not normalise W_ih x
     return plain and usual and modes.autocast is None and call.form.packed is None
 
 

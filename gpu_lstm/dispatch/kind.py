@@ -131,5 +131,5 @@ def in_words(key: dict[str, Any]) -> str:
     dtype = key["dtype"].removeprefix("torch.")
     if dtype == "float32" and key["precision"]:
         dtype += f" ({key['precision']})"
-    widths = " -> ".join([str(layers[0][0]), *sizes])
+    widths = " -> ".join([str(layers[0][0] or "W_ih x"), *sizes])
     return f"{key['cell'].upper()} {widths}, T <= {key['steps']}, B <= {key['batch']}, {dtype}, {', '.join(words)}"

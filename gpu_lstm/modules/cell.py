@@ -1,7 +1,7 @@
 """The modules LSTMCell and GRUCell, which replace torch.nn.LSTMCell and torch.nn.GRUCell."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ from ..kernels.cells import GRU, LSTM
 from ..kernels.private import fx_is_tracing
 from .arguments import OF_CELLS, DropIn, HasVariants
 from .tracing import traced
+
+Of = TypeVar("Of", State, Tensor)
+
+
+class CalledCell(Protocol[Of]):
+    """The type of a call of a cell. nn.Module declares that a call returns Any."""
+
+    def __call__(self, input: Tensor, hx: Of | None = None) -> Of: ...
 
 
 class RecurrentCell(DropIn):
@@ -77,6 +85,8 @@ class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
     """
 
     _cell, _torchs = LSTM, rnn.LSTMCell
+    __call__: CalledCell[State]
+    forward: CalledCell[State]  # type: ignore[assignment]
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Device = None,
@@ -84,11 +94,6 @@ class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
-
-    if TYPE_CHECKING:
-
-        def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
-        def forward(self, input: Tensor, hx: State | None = None) -> State: ...
 
 
 class GRUCell(RecurrentCell, RNNCellBase):
@@ -107,14 +112,11 @@ class GRUCell(RecurrentCell, RNNCellBase):
     """
 
     _cell, _torchs = GRU, rnn.GRUCell
+    __call__: CalledCell[Tensor]
+    forward: CalledCell[Tensor]  # type: ignore[assignment]
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Device = None,
         dtype: torch.dtype | None = None, *, backend: AnyBackend = None, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
-
-    if TYPE_CHECKING:
-
-        def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
-        def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
