@@ -108,11 +108,9 @@ def test_dropout_drops_as_much_as_it_should():
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(spy):
     """A Mock that runs torch's own LSTM, and counts its calls."""
-    stack = Mock(side_effect=torch_rnn.stack)
-    monkeypatch.setattr(torch_rnn, "stack", stack)
-    return stack
+    return spy(torch_rnn, "stack")
 
 
 def test_backward_does_not_run_the_layer_again_unless_what_was_saved_is_gone(calls):

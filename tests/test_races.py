@@ -95,17 +95,17 @@ def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, traini
 
 
 @pytest.mark.parametrize(("training", "of_input"), [(True, True), (True, False), (False, True)])
-def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch, training, of_input):
+def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, spy, training, of_input):
     """Weights and the input want gradients where those of the call do. Otherwise time would go into products that
     nobody needs."""
-    monkeypatch.setattr(race, "execute", Mock(side_effect=race.execute))
+    execute = spy(race, "execute")
     stubbed()
     lstm, x = gpu_lstm.LSTM(4, 5, 2, dropout=0.5), torch.zeros(1, 1, 4, requires_grad=of_input)
     before = [p.clone() for p in lstm.parameters()]
     with torch.set_grad_enabled(training):
         call, random = _call(lstm, x), torch.get_rng_state()
         race.decide(call, kind_of(call), Backend.TRITON)
-    samples = [each.args[1] for each in race.execute.call_args_list]
+    samples = [each.args[1] for each in execute.call_args_list]
     asked = {(call.x.requires_grad, call.weights[0][0].weight_hh.requires_grad) for call in samples}
     assert torch.equal(torch.get_rng_state(), random)
     assert asked == {(training and of_input, training)}
@@ -113,14 +113,13 @@ def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch
     assert all(map(torch.equal, lstm.parameters(), before))
 
 
-def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch):
+def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch, spy):
     """The race has the lengths and resets of these steps. With longer ones the kernels would fail, and lose."""
     monkeypatch.setattr(race, "LONGEST", 2)
-    monkeypatch.setattr(race, "execute", Mock(side_effect=race.execute))
-    ran, resets = stubbed(), torch.rand(3, 3) < 0.5
+    ran, execute, resets = stubbed(), spy(race, "execute"), torch.rand(3, 3) < 0.5
     LSTM(INPUT, lengths=torch.tensor([3, 0, 1]), resets=resets)
     assert ran == ["race", "triton", "torch"]
-    for _, sample in (each.args for each in race.execute.call_args_list):
+    for _, sample in (each.args for each in execute.call_args_list):
         assert (sample.steps, sample.x.shape, sample.traversal.lengths.tolist()) == (2, (2, 3, 4), [2, 0, 1])
         assert torch.equal(sample.traversal.resets, resets[:2])
 

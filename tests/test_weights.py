@@ -4,7 +4,6 @@ that are subclasses of Tensor without memory of their own, such as torchao's qua
 import copy
 import io
 import pickle
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -83,7 +82,9 @@ NOISE = "recurrent_dropout=0.3, zoneout=(0.2, 0.4), weight_drop=0.25"
     "StackedLSTM(8, [4, 2, 2], bias=False, batch_first=True, dropout=0.5, bidirectional=True, residual=True, "
     f"backend='reference', recompute=True, {NOISE})", "GRUCell(3, 4, backend='torch')",
     "GRU(3, 4, num_layers=2, backend='torch', recompute=True, recurrent_dropout=0.3, zoneout=0.2)",
-    "StackedGRU(8, [4, 2], zoneout=0.2)", "SLSTM(3, 8, heads=2, backend='reference')"])  # fmt: skip
+    "StackedGRU(8, [4, 2], zoneout=0.2)", "LSTM(3, 4, peepholes=True, layer_norm=True)",
+    "LSTMCell(3, 4, bias=False, peepholes=True, layer_norm=('hh', 'c'))",
+    "SLSTM(3, 8, heads=2, backend='reference')"])  # fmt: skip
 def test_what_is_not_default_is_shown(shown):
     module = eval(shown, vars(gpu_lstm))
     assert f"{type(module).__name__}({module.extra_repr()})" == shown
@@ -259,10 +260,9 @@ def assert_close(ours, theirs):
 
 
 @pytest.fixture
-def routes(monkeypatch):
+def routes(spy):
     """A Mock that runs calls by their routes."""
-    monkeypatch.setattr(dispatch, "execute", Mock(side_effect=dispatch.execute))
-    return dispatch.execute
+    return spy(dispatch, "execute")
 
 
 @pytest.mark.parametrize(("backend", "kind"), [
