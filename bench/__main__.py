@@ -16,6 +16,12 @@ from . import acting, cases, compare, conversion, cpu, gpu, host, measure, plots
 from .isolated import ROOT, checkout
 from .providers import OURS, PROVIDERS
 
+ON_A_CPU = {  # the commands for a CPU: each has a function and the text of its help
+    "models": (conversion.run, "whole models on a CPU, before and after gpu_lstm.convert"),
+    "acting": (acting.run, "a step of many environments on a CPU, by torch.nn, a module and a Stream"),
+    "cpu": (cpu.run, "how much time `auto` wastes on this CPU by what it chooses; takes ten minutes"),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 fine, 1 something is wrong or slower, 2 a user error."""
@@ -27,16 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     return compare.show(results.read(options.old), results.read(options.new), options.fail_under)
                 case "page":
                     files, docs = sorted((ROOT / "bench" / "results").glob("*.csv")), ROOT / "docs"
-                    for file in files:
-                        plots.draw(results.read(file), docs / "pictures")
-                    report.update_page(docs / "benchmarks.md", files, sorted((docs / "pictures").glob("*.png")))
+                    pictures = {file: docs / "pictures" / f"instead-{file.stem}.png" for file in files}
+                    for file, picture in pictures.items():
+                        plots.draw(results.read(file), picture)
+                    report.update_page(docs / "benchmarks.md", pictures)
                     return 0
-                case "cpu":
-                    return cpu.run(options.out, options.threads)
-                case "models":
-                    return conversion.run(options.out, options.threads)
-                case "acting":
-                    return acting.run(options.out, options.threads)
+                case name if name in ON_A_CPU:
+                    return ON_A_CPU[name][0](options.out, options.threads)
                 case "ppo":
                     return ppo.run(options.device, options.out)
                 case "host":
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show(file: Path) -> int:
-    """Draw plots next to a results file, and print its tables, the summary last.
+    """Draw a picture next to a results file, and print its tables, the summary last.
 
     Return the exit status: 1 if a row of gpu_lstm is wrong or failed, or if there is no row, else 0.
     """
@@ -72,7 +75,8 @@ def show(file: Path) -> int:
         console.print(f"Nothing was measured: {file} has no row. The reason is above.")
         return 1
     wrong = rows[report.is_ours(rows) & rows["status"].isin(results.BROKEN)]
-    console.print(*report.details(rows), f"{file} and {len(plots.draw(rows, file.parent))} plots next to it", sep="\n")
+    picture = " and a picture next to it" * plots.draw(rows, file.with_suffix(".png"))
+    console.print(*report.details(rows), f"{file}{picture}", sep="\n")
     for row in wrong.itertuples():
         console.print(f"{row.status.upper()} {row.case} {row.provider}: {row.note}")
     console.print(report.summary(rows))
@@ -98,17 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     add("new", type=Path, help="CSV of the run now, on the same device")
     fail = "fail where the speed is less than this fraction of that before (default %(default)s)"
     add("--fail-under", type=float, default=compare.FAIL_UNDER, metavar="RATIO", help=fail)
-    add = commands.add_parser("gpu", help="doctor, tests, grid, plots and a table, for a CUDA machine").add_argument
+    add = commands.add_parser("gpu", help="doctor, tests, grid, a picture and tables, for a CUDA machine").add_argument
     add("--minutes", type=_minutes, default=8.0, help="for everything together")
     add("--out", type=Path, required=True, help="folder for everything it writes")
     add = commands.add_parser("ppo", help="an iteration of recurrent PPO beside a loop over steps").add_argument
     add("--device", **device)
     add("--out", **file)
-    for name, about in (
-        ("models", "whole models on a CPU, before and after gpu_lstm.convert"),
-        ("acting", "a step of many environments on a CPU, by torch.nn, a module and a Stream"),
-        ("cpu", "how much time `auto` wastes on this CPU by what it chooses; takes ten minutes"),
-    ):
+    for name, (_, about) in ON_A_CPU.items():
         add = commands.add_parser(name, help=about).add_argument
         add("--threads", type=int, default=1, help="of torch (default %(default)s)")
         add("--out", **file)

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,32 +21,8 @@ STEPS, BATCHES, UNITS = (1, 2, 4, 8, 16, 128, 1024), (1, 4, 16, 64, 512), (16, 3
 MOST = 7e7  # T B H^2; larger calls take long, and their products take nearly all of the time
 SECONDS, ROUNDS = 0.12, (4, 40)
 ROWS = 300  # of the sample
-OPTIONS: dict[str, dict[str, Any]] = {
-    "zoneout": {"zoneout": 0.1}, "4 heads": {"heads": 4}, "lengths, 4 heads": {"heads": 4},
-}  # fmt: skip
-KINDS = [
-    ("GRU", "plain"), ("GRU", "resets"), ("GRU", "lengths"), ("GRU", "4 heads"), ("GRU", "zoneout"),
-    ("LSTM", "plain"), ("LSTM", "resets"), ("LSTM", "lengths"), ("LSTM", "4 heads"), ("LSTM", "zoneout"),
-    ("GRU", "lengths, 4 heads"), ("LSTM", "lengths, 4 heads"),
-    ("SLSTM", "plain"),
-]  # fmt: skip
-
-
-def shapes() -> Iterator[tuple[int, int, int]]:
-    """Yield T, B and H of the calls."""
-    for T, B, H in itertools.product(STEPS, BATCHES, UNITS):
-        if T * B * H * H <= MOST:
-            yield T, B, H
-
-
-def traversal(what: str, T: int, B: int) -> dict[str, Tensor]:
-    """Return the arguments of a call besides x."""
-    generator = torch.Generator().manual_seed(0)
-    if what == "resets":
-        return {"resets": torch.rand(T, B, generator=generator) < 1 / 50}
-    if what.startswith("lengths"):
-        return {"lengths": torch.randint(1, T + 1, (B,), generator=generator)}
-    return {}
+CALLS = "plain", "resets", "lengths", "4 heads", "lengths, 4 heads", "zoneout"
+KINDS = [*itertools.product(("GRU", "LSTM"), CALLS), ("SLSTM", "plain")]
 
 
 def call(module: nn.Module, x: Tensor, given: dict[str, Tensor], training: bool) -> Callable[[], object]:
@@ -66,9 +42,15 @@ def call(module: nn.Module, x: Tensor, given: dict[str, Tensor], training: bool)
 def measure(cell: str, what: str, shape: tuple[int, int, int], training: bool) -> dict[str, Any]:
     """Measure a call with the present number of threads. Return its row, with the choice of `auto` in the end."""
     (T, B, H), before = shape, "reference" if cell == "SLSTM" or what == "zoneout" else "torch"
-    given, x, calls = traversal(what, T, B), torch.randn(T, B, H), {}
+    torch.manual_seed(0)
+    x, given, calls = torch.randn(T, B, H), dict[str, Tensor](), {}
+    if what == "resets":
+        given["resets"] = torch.rand(T, B) < 1 / 50
+    if "lengths" in what:
+        given["lengths"] = torch.randint(1, T + 1, (B,))
+    options: Any = {"heads": 4} if "heads" in what else {"zoneout": 0.1} if what == "zoneout" else {}
     for backend in (before, "numba", "auto"):
-        module = getattr(gpu_lstm, cell)(H, H, backend=backend, **OPTIONS.get(what, {})).train(training)
+        module = getattr(gpu_lstm, cell)(H, H, backend=backend, **options).train(training)
         calls[backend] = call(module, x, given, training)
     calls.pop("auto")()
     with torch.set_grad_enabled(training):
@@ -84,10 +66,10 @@ def run(file: Path | None, threads: int) -> int:
     """Measure the sample. Print its rows, and append them to a file if one is given."""
     torch.set_num_threads(threads)
     cases = [
-        case for case in itertools.product(KINDS, shapes(), (False, True))
-        if case[1][0] <= 128 or not ({"SLSTM", "zoneout"} & {*case[0]})  # else loops take seconds
-    ]  # fmt: skip
-    cases = random.Random(0).sample(cases, ROWS)
-    for (cell, what), shape, training in track(cases, "CPU", console=Console(stderr=True), transient=True):
-        rows.put(measure(cell, what, shape, training), file)
+        (*kind, (T, B, H), training)
+        for kind, T, B, H, training in itertools.product(KINDS, STEPS, BATCHES, UNITS, (False, True))
+        if T * B * H * H <= MOST and (T <= 128 or not {"SLSTM", "zoneout"} & {*kind})  # else loops take seconds
+    ]
+    for case in track(random.Random(0).sample(cases, ROWS), "CPU", console=Console(stderr=True), transient=True):
+        rows.put(measure(*case), file)
     return 0

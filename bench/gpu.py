@@ -29,7 +29,7 @@ CUPY = "cupy", [*OF_CUPY, "-n", "auto"], 1.0  # last, since CuPy may not be inst
 
 def run(minutes: float, out: Path, device: str = "cuda") -> int:
     """Run all parts within about `minutes`, and write results to the folder `out`. Return the number of failures."""
-    start, whole_s = time.monotonic(), 60 * minutes - 20  # 20 seconds are left for plots and tables
+    start, whole_s = time.monotonic(), 60 * minutes - 20  # 20 seconds are left for the picture and tables
     print(command(["gpu_lstm"], 120, out / "doctor.txt")[0], flush=True)
     failures = [line for part in (HEADLINE, FAMILIES) for line in tests(*part[:2], start + part[2] * whole_s, out)]
     chosen = cases.choose(device.partition(":")[0], None)

@@ -191,5 +191,5 @@ def run(names: list[str], commit: str | None) -> int:
             lines += [line(case, mode, place, found) for place in PLACES if place[1] != YARDSTICK]
     told = "kernels are launched" if CARD == "cuda" else "kernels are planned for an H100, their launches do nothing"
     cells, caption = pd.DataFrame(lines), f"{told}; {report.origin(pd.DataFrame(origins))}"
-    report.console().print(report.table(cells, "A call on the host", caption, cells["case"].map([*CASES].index)))
+    report.console().print(report.table(cells, "A call on the host", caption))
     return 0

@@ -142,30 +142,19 @@ def _noise(inputs: Inputs) -> tuple[Any, list[Tensor]]:
     It is the factors of h in the recurrent product, [B, H], and for h and c a bool [T, B, H]: where they stay
     unchanged.
     """
-    case, like, (p, _) = inputs.case, inputs.states[0][0], VARIANTS.get(inputs.case.variant, (0, {}))
-    if case.variant == "recurrent_dropout":  # Gal & Ghahramani, 2016: one mask for all steps
-        return F.dropout(torch.ones_like(like), p), []
-    of_zoneout = "hc" if case.variant == "zoneout" else ""  # Krueger et al., 2017
-    return 1, [torch.rand(case.steps, *like.shape, device=like.device) < p for _ in of_zoneout]
+    variant, like = inputs.case.variant, inputs.states[0][0]
+    if variant == "recurrent_dropout":  # Gal & Ghahramani, 2016: one mask for all steps
+        return F.dropout(torch.ones_like(like), VARIANTS[variant][0]), []
+    if variant == "zoneout":  # Krueger et al., 2017
+        return 1, [torch.rand(len(inputs.x), *like.shape, device=like.device) < VARIANTS[variant][0] for _ in "hc"]
+    return 1, []
 
 
 def _cell(case: Case, x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor]) -> tuple[Tensor, ...]:
-    weight_ih, weight_hh, bias_ih, bias_hh, *added = weights
     if case.cell == "gru":
         return (torch.gru_cell(x, *state, *weights),)
-    if case.cell == "slstm":  # Beck et al., 2024
-        h, c, n, m = state
-        i, f, z, o = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
-        after = torch.maximum(F.logsigmoid(f) + m, i)
-        i, f = (i - after).exp(), (F.logsigmoid(f) + m - after).exp()
-        c, n = f * c + i * z.tanh(), f * n + i
-        return o.sigmoid() * c / n, c, n, after
-    h, c = state
-    if case.variant == "peepholes":  # Gers & Schmidhuber, 2000
-        i, f, g, o = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
-        of_i, of_f, of_o = added[0].chunk(3)
-        after = (f + of_f * c).sigmoid() * c + (i + of_i * c).sigmoid() * g.tanh()
-        return (o + of_o * after).sigmoid() * after.tanh(), after
+    weight_ih, weight_hh, bias_ih, bias_hh, *added = weights
+    h, c, *of_slstm = state
     if case.variant == "layer_norm":  # Ba, Kiros & Hinton, 2016
         gain_ih, gain_hh, gain_c, bias_c = added
         of_x = F.layer_norm(F.linear(x, weight_ih), gain_ih.shape, gain_ih, bias_ih)
@@ -173,4 +162,15 @@ def _cell(case: Case, x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor
         i, f, g, o = (of_x + of_h).chunk(4, dim=1)
         after = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return o.sigmoid() * F.layer_norm(after, gain_c.shape, gain_c, bias_c).tanh(), after
-    return torch.lstm_cell(x, (h, c), weight_ih, weight_hh, bias_ih, bias_hh)
+    if not (added or of_slstm):
+        return torch.lstm_cell(x, (h, c), *weights)
+    i, f, g, o = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
+    if of_slstm:  # Beck et al., 2024
+        n, m = of_slstm
+        after = torch.maximum(F.logsigmoid(f) + m, i)
+        i, f = (i - after).exp(), (F.logsigmoid(f) + m - after).exp()
+        c, n = f * c + i * g.tanh(), f * n + i
+        return o.sigmoid() * c / n, c, n, after
+    of_i, of_f, of_o = added[0].chunk(3)  # peepholes: Gers & Schmidhuber, 2000
+    after = (f + of_f * c).sigmoid() * c + (i + of_i * c).sigmoid() * g.tanh()
+    return (o + of_o * after).sigmoid() * after.tanh(), after

@@ -114,10 +114,13 @@ def run_case(
         seconds = timing.interleaved(calls, device, SECONDS)
     of_all = {"copy_bytes_per_s": copy, "product_flops_per_s": product, **results.card_state(device)}
     of_all["bound_s"] = max(case.operations() / product, case.bytes_moved() / copy)
-    rows = [_row(case, name, device, **outcomes[name]) for name in names if (name, False) not in calls]
-    uncaptured = [name for name in names if name + GRAPH in failed and (name, False) in calls]
-    notes = {name: f"not captured: {failed[name + GRAPH]}" for name in uncaptured}
-    rows += [_row(case, name, device, graph=True, status="failed", note=notes[name]) for name in uncaptured]
+    rows = []
+    for name in names:
+        if (name, False) not in calls:
+            rows.append(_row(case, name, device, **outcomes[name]))
+        elif name + GRAPH in failed:
+            note = f"not captured: {failed[name + GRAPH]}"
+            rows.append(_row(case, name, device, graph=True, status="failed", note=note))
     for (name, graph), figures in _figures(seconds).items():
         rows.append(_row(case, name, device, graph=graph, **figures, **of_all, **outcomes[name]))
     return rows

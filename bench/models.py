@@ -4,6 +4,7 @@ Each model is built from torch.nn alone, as its authors wrote it. So `gpu_lstm.c
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -149,35 +150,21 @@ def xlstm_stack() -> nn.Module:
 class Model(NamedTuple):
     make: Callable[[], nn.Module]
     layers: str  # the recurrent layers, in words
-    training: Callable[[], Tensor]  # returns an input
-    inference: Callable[[], Tensor]
+    of_training: tuple[int, ...]  # the shape of an input
+    of_inference: tuple[int, ...]
+    inputs: Callable[[Any], Tensor] = torch.randn  # takes a shape
     converted: Callable[[Any], object] = gpu_lstm.convert  # converts the model in place
 
 
 MODELS = {
-    "text recogniser, CRNN": Model(
-        Recogniser, "2 BiLSTMs of 256", lambda: torch.randn(4, 1, 32, 100), lambda: torch.randn(1, 1, 32, 100)
-    ),
-    "speech recogniser, CTC": Model(
-        Listener, "4 BiGRUs of 256", lambda: torch.randn(4, 80, 400), lambda: torch.randn(1, 80, 400)
-    ),
-    "speech separator, DPRNN": Model(
-        Separator, "12 BiLSTMs of 128", lambda: torch.randn(1, 1, 8008), lambda: torch.randn(1, 1, 8008)
-    ),
-    "recommender, GRU4Rec": Model(
-        Recommender, "a GRU of 100", lambda: torch.randint(2000, (20, 128)), lambda: torch.randint(2000, (20, 1))
-    ),
-    "speech synthesis, decoder of Tacotron 2": Model(
-        Speaker, "2 LSTMCells of 1,024", lambda: torch.randn(8, 80, 512), lambda: torch.randn(1, 80, 512)
-    ),
-    "speaker encoder": Model(
-        Voice, "3 LSTMs of 256", lambda: torch.randn(16, 160, 40), lambda: torch.randn(1, 160, 40)
-    ),
-    "keyword spotter, streamed": Model(
-        Spotter, "2 GRUs of 64", lambda: torch.randn(98, 32, 40), lambda: torch.randn(98, 1, 40)
-    ),
+    "text recogniser, CRNN": Model(Recogniser, "2 BiLSTMs of 256", (4, 1, 32, 100), (1, 1, 32, 100)),
+    "speech recogniser, CTC": Model(Listener, "4 BiGRUs of 256", (4, 80, 400), (1, 80, 400)),
+    "speech separator, DPRNN": Model(Separator, "12 BiLSTMs of 128", (1, 1, 8008), (1, 1, 8008)),
+    "recommender, GRU4Rec": Model(Recommender, "a GRU of 100", (20, 128), (20, 1), partial(torch.randint, 2000)),
+    "speech synthesis, decoder of Tacotron 2": Model(Speaker, "2 LSTMCells of 1,024", (8, 80, 512), (1, 80, 512)),
+    "speaker encoder": Model(Voice, "3 LSTMs of 256", (16, 160, 40), (1, 160, 40)),
+    "keyword spotter, streamed": Model(Spotter, "2 GRUs of 64", (98, 32, 40), (98, 1, 40)),
     "xLSTM stack": Model(
-        xlstm_stack, "2 sLSTMs of 128 of 4 blocks", lambda: torch.randn(4, 64, 128), lambda: torch.randn(1, 64, 128),
-        gpu_lstm.use_for_slstm,
+        xlstm_stack, "2 sLSTMs of 128 of 4 blocks", (4, 64, 128), (1, 64, 128), converted=gpu_lstm.use_for_slstm
     ),
-}  # fmt: skip
+}

@@ -16,26 +16,19 @@ LOOK: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "0.9", "lines.markersize": 4.5, "lines.linestyle": "none",
 }  # fmt: skip
-LOOKS = {  # marker and colour of a workaround, by its provider
-    "cleanrl-loop": ("s", "0.6"), "torch-packed": ("P", "#3f7d0a"), "rl_games-pieces": ("o", "#1f5fa8"),
-    "rsl_rl-padded": ("D", "#d9730d"), "head-loop": ("^", "#8a3fa8"), "xlstm-vanilla": ("v", "#a83f3f"),
-}  # fmt: skip
+MARKERS = "sPoD^v"  # of the workarounds, in the order of report.WORKAROUNDS
 FEWEST = 3  # the fewest cases that are worth a picture
 
 
-def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
-    """Save the figure of each device as instead-DEVICE.png in `folder`, which may exist. Return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for device, its in rows.groupby("device", sort=False):
-        with style.context(LOOK):
-            figure = instead(report.measured(its))
-            if figure is not None:
-                paths.append(folder / f"instead-{report.slug(device)}.png")
-                figure.savefig(paths[-1], dpi=150)
-                few = Image.open(paths[-1]).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
-                few.save(paths[-1], optimize=True)  # with few colours it has a third of the bytes
-    return paths
+def draw(rows: pd.DataFrame, path: Path) -> bool:
+    """Save a picture of the results of one device. Return whether they have enough cases."""
+    with style.context(LOOK):
+        if (figure := instead(report.measured(rows))) is None:
+            return False
+        figure.savefig(path, dpi=150)
+    few = Image.open(path).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
+    few.save(path, optimize=True)  # with few colours it has a third of the bytes
+    return True
 
 
 def instead(rows: pd.DataFrame) -> Figure | None:
@@ -55,11 +48,12 @@ def instead(rows: pd.DataFrame) -> Figure | None:
     figure = Figure(figsize=(4.8, 1.9 + 0.21 * len(cases)))
     axes = figure.subplots()
     axes.axvline(1, color="black", linewidth=1, linestyle="-")
-    for provider, its in lines.groupby("provider", sort=False):
-        marker, colour = LOOKS[provider]
-        axes.plot(its["ratio"], its["case"].map(places), marker, color=colour, label=report.COLUMN[provider])
+    for n, (provider, (column, _)) in enumerate(report.WORKAROUNDS.items()):
+        its = lines[lines["provider"] == provider]
+        if len(its):
+            axes.plot(its["ratio"], its["case"].map(places), MARKERS[n], color=f"C{n}", label=column)
     axes.set_yticks(range(len(cases)), [report.sizes(case, base) for case in cases["object"]])
-    axes.set(xscale="log", xlabel="the workaround's time over that of one call")
+    axes.set(xscale="log", xlabel="the workaround's time, divided by the time of one call")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())

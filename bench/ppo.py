@@ -19,7 +19,6 @@ import gpu_lstm
 
 from . import rows, timing
 from .isolated import ROOT
-from .measure import relative_errors
 from .providers.engine import as_hx
 from .providers.torchs import LOOPS
 
@@ -45,12 +44,6 @@ def random_batch(example: Any, T: int, N: int, H: int, device: str) -> Any:
         state = torch.randn(1, N, H).tanh().to(device), torch.randn(1, N, H).to(device)
         rest = torch.randn(T, N, 2), starts, actions, log_probs, torch.randn(T, N), torch.randn(T, N)
         return example.Rollout(*(each.to(device) for each in rest), state)
-
-
-def loss_and_gradients(example: Any, agent: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-    loss, parameters = example.loss(agent, batch), dict(agent.named_parameters())
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return {"loss": loss} | {f"gradient of {name}": gradient for name, gradient in zip(parameters, gradients)}
 
 
 @torch.no_grad()
@@ -80,25 +73,21 @@ def measure(device: str, T: int, N: int, H: int) -> dict[tuple[str, str, str], n
             agent.lstm = getattr(package, cell)(H, H, device=device)
             state = batch.state[: 2 if cell == "LSTM" else 1]
             given = batch._replace(state=state if way == "loop" else as_hx(state))
-            found[way] = loss_and_gradients(example, agent, given)
+            found[way] = rows.with_gradients(example.loss(agent, given), agent)
             optimiser = torch.optim.Adam(agent.parameters(), lr=0.0)  # lr 0 leaves the weights unchanged
             calls[cell, way, "update"] = partial(example.training_step, agent, optimiser, given)
             calls[cell, way, "rollout"] = partial(rollout, agent, given)
-        truth = {name: value.double() for name, value in found["loop"].items()}
-        for name, error in relative_errors(found["one call"], truth).items():
-            if not error <= TOLERANCE:
-                raise RuntimeError(f"{name}: one call and the loop differ by {error:.2g}, expected {TOLERANCE:g}")
+        rows.check_same(found["one call"], found["loop"], TOLERANCE)
     return timing.interleaved(calls, device, SECONDS * len(CELLS))
 
 
 def run(device: str, file: Path | None = None) -> int:
     """Measure, and print each row when it is done. Return the exit status: 0, or 2 if the example cannot be loaded."""
     try:
-        load_example()
+        example = load_example()
     except ImportError as error:
         print(f'python -m bench ppo: {error}; pip install ".[examples]"', file=sys.stderr)
         return 2
-    example = load_example()
     for T, N, H in SIZES:
         seconds = measure(device, T, N, H)
         x, resets = torch.zeros(T, N, H, device=device), torch.ones(T, N, dtype=torch.bool, device=device)

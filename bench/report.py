@@ -1,10 +1,9 @@
 """Write results as tables for a terminal and for docs/benchmarks.md."""
 
 import os
-import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,28 +21,24 @@ from .providers import OURS, YARDSTICK
 
 EVEN = 0.02  # times that differ by less are called even
 OF_HEADS = "head-loop", "xlstm-vanilla"  # their cases have a separate table
-EVEN_ON_A_CPU = 0.07  # on a CPU torch's own runs plain calls; pages show such cases as a range
+EVEN_ON_A_CPU = 0.07  # on a CPU torch's own runs many plain calls; pages show such cases as a range
 MIB = 2**20
-WRITTEN = {  # the usual workarounds for features that torch.nn.LSTM lacks, by their provider
-    "head-loop": "an nn.LSTM for each head",
-    "xlstm-vanilla": "xlstm's cell in torch's operators, a step at a time",
-    "cleanrl-loop": "nn.LSTM called at every step, its state masked",
-    "torch-packed": "sequences sorted, packed and unpacked",
-    "rl_games-pieces": "nn.LSTM called between any two resets, its state masked",
-    "rsl_rl-padded": "trajectories padded to T, from reset to reset",
+# The usual workarounds for features that torch.nn.LSTM lacks, by their provider: in a word or two, and in a sentence.
+WORKAROUNDS = {
+    "cleanrl-loop": ("step by step", "nn.LSTM called at every step, its state masked"),
+    "torch-packed": ("packed", "sequences sorted, packed and unpacked"),
+    "rl_games-pieces": ("in pieces", "nn.LSTM called between any two resets, its state masked"),
+    "rsl_rl-padded": ("padded", "trajectories padded to T, from reset to reset"),
+    "head-loop": ("head by head", "an nn.LSTM for each head"),
+    "xlstm-vanilla": ("xlstm", "xlstm's cell in torch's operators, a step at a time"),
 }
-COLUMN = {
-    "cleanrl-loop": "step by step", "torch-packed": "packed", "rl_games-pieces": "in pieces", "rsl_rl-padded": "padded",
-    "head-loop": "head by head", "xlstm-vanilla": "xlstm",
-}  # fmt: skip
 AROUND = ["case", "usual workaround", "ms", "gpu_lstm, ms", "times as fast"]
 STARRED = "* torch.nn timed without the lengths, resets or variant, which it does not support"
 BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
 RARE = "resets 0.5%"  # its cases share a line on the pages
-SHOWN = "The time of each usual workaround over that of one call"  # the caption of the picture of all cases
-TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that vary together
+SHOWN = "The time of each usual workaround, divided by the time of one call"  # the caption of the picture of all cases
 # LEFT are the columns that are aligned on the left. FOLDED are the columns that are folded in a narrow terminal.
 LEFT = ("mode", "case", "usual workaround", "provider", "status", "note", "best other", "verdict")
 FOLDED = ("note", "best other", "verdict", "case", "usual workaround")
@@ -74,53 +69,37 @@ def is_ours(rows: pd.DataFrame) -> pd.Series:
     return rows["provider"].str.split("-").str[0] == OURS
 
 
-def stars(rows: pd.DataFrame) -> pd.Series:
-    """Return a star for each row of torch.nn with a case that it does not support, see STARRED, else ""."""
-    return rows["status"].eq("yardstick").map({True: "*", False: ""})
-
-
 def by_case(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one line per case: its difference from the headline, the `speed` of gpu_lstm, other columns as text.
+    """Return one line per case, ordered by the fields from the last to the first. Cases of one cell are together.
 
-    `group` is the kind of the difference.
+    `speed` is the speed of gpu_lstm. Other columns are text. A time of torch.nn has a star if torch.nn does not support
+    the case, see STARRED.
+
+    A time of torch.nn has a star if torch.nn does not support the case, see STARRED.
     """
-    base = headline_of(rows)
-
-    def group(case: Case) -> str:
-        if case.heads > 1:
-            return "heads"
-        differing = (name for name in results.CASE if getattr(case, name) != getattr(base, name))
-        changed = sorted({TOGETHER.get(name, name) for name in differing} - {"mode"})
-        # Cases of the group rl differ in several fields.
-        return case.mode if case.mode == "step" else " ".join(changed) if len(changed) < 3 else "several"
-
-    lines = rows.drop_duplicates("case").set_index("case")[["object", *results.CASE]]
-    lines["group"] = pd.factorize(lines["object"].map(group))[0]
+    lines = rows.drop_duplicates("case").set_index("case")[["object", *results.CASE]].sort_values(results.CASE[::-1])
     for provider in (YARDSTICK, OURS):
         its = rows[rows["provider"] == provider].sort_values("graph", kind="stable").drop_duplicates("case")
         its = its.set_index("case").reindex(lines.index)
-        times = texts(1e3 * its["median_s"]) + stars(its)
+        times = texts(1e3 * its["median_s"]) + np.where(its["status"] == "yardstick", "*", "")
         lines[f"{provider} ms"] = times.where(its["median_s"].notna(), its["status"]).fillna("-")
     lines["speed"], lines["times as fast"] = its["speed"], verdicts(its)
     reached = (its["bound_s"] / its["median_s"]).clip(upper=1)  # at most 1: the bound is a measurement, and uncertain
     lines["bound"] = texts(reached, "{:.0%}".format)
     others = rows[(rows["status"] == "measured") & (rows["contender"] != YARDSTICK) & ~is_ours(rows)]
     best = others.sort_values("speed", ascending=False, kind="stable").drop_duplicates("case").set_index("case")
-    lines["best other"] = texts(best["speed"]) + " " + best["contender"]
-    return lines.sort_values(["group", *(n for n in results.CASE if lines[n].dtype.kind in "if")], kind="stable")
+    return lines.assign(**{"best other": texts(best["speed"]) + " " + best["contender"]})
 
 
 def instead(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the usual workarounds in every case: the columns AROUND as text, and the `ratio` of the times."""
     ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
-    its = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured") & rows["case"].isin(ours.dropna().index)]
-    its = its.assign(ours_s=its["case"].map(ours))
-    its = its.assign(ratio=its["over_ours"].fillna(its["median_s"] / its["ours_s"]))
-    speed = texts(its["ratio"])
-    interval = (" (" + texts(its["over_ours_low"]) + "-" + texts(its["over_ours_high"]) + ")").replace(" (-)", "")
-    words = [WRITTEN[name].replace("LSTM", case.cell.upper()) for name, case in zip(its["provider"], its["object"])]
-    columns = _names(its), words, texts(1e3 * its["median_s"]), texts(1e3 * its["ours_s"])
-    return its.assign(**dict(zip(AROUND, (*columns, speed + interval))))
+    its = rows[rows["provider"].isin(WORKAROUNDS) & (rows["status"] == "measured") & rows["over_ours"].notna()]
+    interval = " (" + texts(its["over_ours_low"]) + "-" + texts(its["over_ours_high"]) + ")"
+    words = [WORKAROUNDS[name][1].replace("LSTM", cell.upper()) for name, cell in zip(its["provider"], its["cell"])]
+    columns = _names(its), words, texts(1e3 * its["median_s"]), texts(1e3 * its["case"].map(ours))
+    ratio = its["over_ours"]
+    return its.assign(ratio=ratio, **dict(zip(AROUND, (*columns, texts(ratio) + interval))))
 
 
 def summary(rows: pd.DataFrame) -> Table:
@@ -129,11 +108,11 @@ def summary(rows: pd.DataFrame) -> Table:
     lines = by_case(rows)
     broken = rows[rows["status"].isin(results.BROKEN)].value_counts(["status", "contender"])
     told = [f"{status}: {name} in {count} of {len(lines)} cases" for (status, name), count in broken.items()]
-    notes = [origin(rows), *[STARRED] * ("*" in set(stars(rows))), "; ".join(told)]
+    notes = [origin(rows), *[STARRED] * ("yardstick" in set(rows["status"])), "; ".join(told)]
     cells = lines.assign(case=[sizes(case) for case in lines["object"]])
     cells = cells[["mode", "case", "torch ms", "ours ms", "times as fast", "bound", "best other"]]
     title = "gpu_lstm and torch.nn (T steps, B batch, H hidden, L layers, D directions)"
-    return table(cells, title, "\n".join(notes).strip(), lines["group"])
+    return table(cells, title, "\n".join(notes).strip())
 
 
 def details(rows: pd.DataFrame) -> list[Table]:
@@ -166,27 +145,21 @@ def details(rows: pd.DataFrame) -> list[Table]:
     return [*tables, table(around[AROUND], title)] if len(around) else tables
 
 
-def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path]) -> None:
-    """Write the results of `files` between the markers of `page`, GPUs first, with the picture of each device."""
+def update_page(page: Path, pictures: Mapping[Path, Path]) -> None:
+    """Write the results of files between the markers of `page`, GPUs first, each with its picture if there is one."""
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page}: no {END if begin else BEGIN}; expected {BEGIN} on a line before {END}")
-    sections, timed = list[tuple[bool, str]](), False
-    for path in sorted(files):
-        for device, its in results.read(path).groupby("device", sort=False):
-            on_gpu = bool(its["cuda"].notna().any())
-            timed |= on_gpu and bool((its["status"] == "measured").any())
-            text = _section(os.path.relpath(path, page.parent), measured(its), on_gpu)
-            for picture in (picture for picture in pictures if picture.stem == f"instead-{slug(device)}"):
-                text += f"\n\n![{SHOWN}]({os.path.relpath(picture, page.parent)})"
-            sections.append((not on_gpu, text))
-    texts = [NO_GPU] * (not timed) + [text for _, text in sorted(sections, key=lambda section: section[0])]
-    page.write_text(f"{before}{BEGIN}\n" + "\n\n".join(texts) + f"\n{END}{after}")
-
-
-def slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    of_gpus, of_cpus = list[str](), list[str]()
+    for file, picture in pictures.items():
+        rows = measured(results.read(file))
+        on_gpu = bool(rows["cuda"].notna().any())
+        text = _section(os.path.relpath(file, page.parent), rows, on_gpu)
+        text += f"\n\n![{SHOWN}]({os.path.relpath(picture, page.parent)})" * picture.exists()
+        (of_gpus if on_gpu else of_cpus).append(text)
+    sections = "\n\n".join([*(of_gpus or [NO_GPU]), *of_cpus])
+    page.write_text(f"{before}{BEGIN}\n{sections}\n{END}{after}")
 
 
 def _section(link: str, rows: pd.DataFrame, on_gpu: bool) -> str:
@@ -214,8 +187,7 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool) -> str:
     written.append(_markdown(pd.DataFrame(cells).replace("-", "not run")))
     if len(its):
         ends = f"{digits(min(its))} to {digits(max(its))}"
-        text = f"{len(its)} more cases, which torch's own runs, are {ends} times as fast."
-        written += ["", wrapped(text)]
+        written.append(f"\n{len(its)} more cases are {ends} times as fast.")
     return "\n".join(written).replace(f" {dtypes} T", " T")
 
 
@@ -235,9 +207,10 @@ def _over_ours(around: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     cells = around[trained & ~rare].drop_duplicates("case").set_index("case")[["gpu_lstm, ms"]]
     ratios = {r"torch.nn\*": torchs[torchs.index.isin(around["case"])]}
     cells[r"torch.nn\*"] = texts(torchs)
-    for provider, column in ((name, COLUMN[name]) for name in COLUMN if name in set(around["provider"])):
+    for provider, (column, _) in WORKAROUNDS.items():
         its = around[around["provider"] == provider].set_index("case")
-        cells[column], ratios[column] = its["times as fast"].reindex(cells.index).fillna(""), its["ratio"]
+        if len(its):
+            cells[column], ratios[column] = its["times as fast"].reindex(cells.index).fillna(""), its["ratio"]
     for name, others in (f"training {RARE}", around[rare]["case"]), ("forward", around[~trained]["case"]):
         if len(others):
             ends = [its[its.index.isin(others)].agg(["min", "max"]).dropna() for its in ratios.values()]
@@ -291,7 +264,8 @@ def origin(rows: pd.DataFrame) -> str:
     versions = ", ".join(label + every[name] for name, label in labels.items() if every[name])
     several = every["commit"].count("/") + 1
     commits = f"{several} commits" if several > 2 else every["commit"] and f"commit {every['commit']}"
-    dates = " to ".join(sorted(rows["date"].str[:10].unique())[:: max(1, rows["date"].str[:10].nunique() - 1)])
+    days = rows["date"].str[:10]
+    dates = " to ".join(dict.fromkeys([days.min(), days.max()]))
     return "; ".join(filter(None, (every["device"], versions, commits, dates)))
 
 
@@ -301,8 +275,8 @@ def console() -> Console:
     return Console(width=None if narrow else 160, markup=False, highlight=False)
 
 
-def table(cells: pd.DataFrame, title: str, caption: str = "", groups: Any = None) -> Table:
-    """Return a table of text cells, with rules between groups."""
+def table(cells: pd.DataFrame, title: str, caption: str = "") -> Table:
+    """Return a table of text cells."""
     done = Table(
         title=Text(title, style="bold"), title_justify="left", caption=Text(caption), caption_justify="left",
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True,
@@ -310,8 +284,6 @@ def table(cells: pd.DataFrame, title: str, caption: str = "", groups: Any = None
     for name in cells:
         justify: Any = "left" if name in LEFT else "right"
         done.add_column(name, justify=justify, no_wrap=name not in FOLDED, overflow="fold")
-    for _, group in cells.astype(object).fillna("").groupby([0] * len(cells) if groups is None else groups):
-        for line in group.values:
-            done.add_row(*(Text(text, style=STYLES.get(text.strip().split(" ")[-1], "")) for text in line))
-        done.add_section()
+    for line in cells.astype(object).fillna("").values:
+        done.add_row(*(Text(text, style=STYLES.get(text.strip().split(" ")[-1], "")) for text in line))
     return done

@@ -17,6 +17,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import torch
 
 import gpu_lstm
+from gpu_lstm.kernels import cache
 
 from .cases import Case
 
@@ -50,17 +51,6 @@ SMI = "nvidia-smi", "--format=csv,noheader,nounits"
 NUMBERS = [*(field.name for field in fields(Case) if field.type is not str), *FIGURES]
 
 
-def _cudnn_version() -> int | str | None:
-    """Return the version of cuDNN, or torch's error if it cannot use the one that it finds.
-
-    gpu_lstm has this function, too. But the measured commit may be older and lack it.
-    """
-    try:
-        return torch.backends.cudnn.version()
-    except RuntimeError as error:
-        return str(error)
-
-
 @functools.cache
 def provenance(device: str) -> dict[str, Any]:
     """Return the columns that are the same for a whole run on `device`, "cpu" or a CUDA device."""
@@ -78,7 +68,8 @@ def provenance(device: str) -> dict[str, Any]:
         "gpu_lstm": gpu_lstm.__version__, "python": platform.python_version(), "torch": torch.__version__,
         "triton": versions.get("triton"),
         "cupy": versions.get("cupy-cuda13x") or versions.get("cupy-cuda12x") or versions.get("cupy"),
-        "cuda": torch.version.cuda if cuda else None, "cudnn": _cudnn_version() if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": cache.machine(torch.device("cpu"))["cuDNN"] if cuda else None,  # older commits have that key, too
         "driver": driver or None, "clock_mhz": clock or None, "schema": SCHEMA,
     }  # fmt: skip
 

@@ -4,15 +4,15 @@
     make mutants MUTANTS="--count 50 --only kernels/triton_rnn"
 
 First all tests run without a fault under coverage.py, which records the lines that each test executes. Then, for each
-fault, the tests run that execute its statement. A worker plants faults in its own copy of the tree, never in the
-checkout. Results go to files, a line for each fault, so that a run that was stopped can continue. Faults that survived
-are planted again, since tests may have been added. docs/testing.md has the results of runs.
+fault, the tests run that execute its statement, file by file. A worker plants faults in its own copy of the tree, never
+in the checkout. Results go to files, a line for each fault, so that a run that was stopped can continue. Faults that
+survived are planted again, since tests may have been added. docs/testing.md has the results of runs.
 """
 
 import argparse
 import ast
-import bisect
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import itertools
@@ -45,7 +45,6 @@ RESULTS = ROOT / "out" / "mutants"
 # The time that tests may take with a fault: seconds, or a multiple of their time without one. The larger limit counts.
 LEAST_SECONDS, TIMES_AS_LONG = 30, 4
 WITHOUT_A_FAULT = 900  # seconds that a test file may take without a fault
-BATCHES = 15, 60, 240, float("inf")  # seconds at which batches of tests end; most faults fail the first few tests
 START = 3  # seconds until a test file has been imported
 IMPORTED = 0, 0  # the lines of a fault in CUDA C++, or in a statement that is executed when its file is imported
 HOST = "tests/host_cuda.py"  # tests that execute it execute the kernels in CUDA C++
@@ -129,8 +128,9 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
     """Yield the changes of a node: (kind, the node whose text is replaced, the new text)."""
 
     def swapped(kind: str, **fields):
-        copy = type(node)(**{name: fields.get(name, value) for name, value in ast.iter_fields(node)})
-        return kind, node, f"({ast.unparse(ast.fix_missing_locations(ast.copy_location(copy, node)))})"
+        changed = copy.copy(node)
+        vars(changed).update(fields)
+        return kind, node, f"({ast.unparse(changed)})"
 
     match node:
         case ast.Compare():
@@ -155,7 +155,6 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
         case ast.Tuple(ctx=ast.Load(), elts=[_, _, *_]) if not any(isinstance(e, ast.Slice) for e in node.elts):
             for k in range(len(node.elts)):
                 yield swapped("element left out", elts=[*node.elts[:k], *node.elts[k + 1 :]])
-    match node:  # faults of several lines, and omissions
         case ast.If(orelse=[]) | ast.For() | ast.AugAssign() | ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
             yield "statement left out", node, "pass"
         case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in {
@@ -261,29 +260,19 @@ class Covered(NamedTuple):
     seconds: dict[str, float]  # the seconds of each test, by its name
     data: coverage.CoverageData  # the lines that each test executed
 
-    def time_of(self, names: list[str]) -> float:
-        """Return the seconds of some tests together."""
-        return START + sum(map(self.seconds.__getitem__, names))
+    def tests_of(self, mutant: Mutant) -> list[tuple[list[str], float]]:
+        """Return the tests that execute a fault's statement, a list for each test file, and the seconds of each list.
 
-    def batches(self, mutant: Mutant) -> list[list[str]]:
-        """Return the tests that execute a fault's statement, in batches.
-
-        If the statement is executed when its file is imported, they are the tests that execute the file. Tests of one
-        test file stay together. Files with many quick tests come first.
+        If the statement is executed when its file is imported, they are the tests that execute the file. Quick tests of
+        a file come first, and files with many of them.
         """
         lines = self.data.contexts_by_lineno(HOST if mutant.path.endswith(".cu") else mutant.path)
         own = {name for n in range(mutant.first, mutant.last + 1) for name in lines.get(n, ()) if name}
-        files: dict[str, list[str]] = {}
-        for name in sorted(own or {name for names in lines.values() for name in names if name}):
-            files.setdefault(name.partition("::")[0], []).append(name)
-        batches: list[list[str]] = [[] for _ in BATCHES]
-        total = 0.0
-        for file in sorted(files, key=lambda file: len(files[file]) / self.time_of(files[file]), reverse=True):
-            total += START
-            for name in sorted(files[file], key=self.seconds.__getitem__):
-                total += self.seconds[name]
-                batches[bisect.bisect(BATCHES, total)].append(name)
-        return [batch for batch in batches if batch]
+        names = own or {name for names in lines.values() for name in names if name}
+        by_file = itertools.groupby(sorted(names), key=lambda name: name.partition("::")[0])
+        files = [sorted(tests, key=self.seconds.__getitem__) for _, tests in by_file]
+        timed = [(tests, START + sum(map(self.seconds.__getitem__, tests))) for tests in files]
+        return sorted(timed, key=lambda each: each[1] / len(each[0]))
 
 
 class Recording:
@@ -330,25 +319,25 @@ class Chosen(NamedTuple):
 def without_a_fault(snapshot: Path, file: str, folder: Path) -> tuple[str, Path]:
     """Run a test file; return its first failure and the tree. The lines that each test executes go to `folder`."""
     tree = own_copy(snapshot)
-    return first_failure(tree, [file], WITHOUT_A_FAULT, partial(Recording, folder)), tree
+    return first_failure(tree, file, WITHOUT_A_FAULT, partial(Recording, folder)), tree
 
 
-def outcome(snapshot: Path, mutant: Mutant, batches: list[tuple[list[str], float]]) -> dict:
-    """Run the tests on a fault and return the result. A batch has its tests, and their time without a fault."""
+def outcome(snapshot: Path, mutant: Mutant, files: list[tuple[list[str], float]]) -> dict:
+    """Run the tests on a fault and return the result. `files` are the tests of each file, and their time without it."""
     tree, start, by = own_copy(snapshot), time.monotonic(), ""
     with planted(tree, mutant):
-        for tests, seconds in batches:
-            files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
-            if by := first_failure(tree, files, max(LEAST_SECONDS, TIMES_AS_LONG * seconds), partial(Chosen, tests)):
+        for tests, seconds in files:
+            file, limit = tests[0].partition("::")[0], max(LEAST_SECONDS, TIMES_AS_LONG * seconds)
+            if by := first_failure(tree, file, limit, partial(Chosen, tests)):
                 break
     result = {"": "survived", "time": "timed out"}.get(by, "caught")
     return {"result": result, "by": by, "seconds": round(time.monotonic() - start, 1)}
 
 
-def first_failure(tree: Path, files: list[str], seconds: float, plugin: Callable[[], object]) -> str:
-    """Run test files; return the first failure, "time" if they take too long, the crash of pytest, or an empty text."""
+def first_failure(tree: Path, file: str, seconds: float, plugin: Callable[[], object]) -> str:
+    """Run a test file; return the first failure, "time" if it takes too long, the crash of pytest, or an empty text."""
     log = tree / "out.log"
-    child = multiprocessing.get_context("fork").Process(target=_pytest, args=(tree, log, files, plugin))
+    child = multiprocessing.get_context("fork").Process(target=_pytest, args=(tree, log, file, plugin))
     child.start()
     child.join(seconds)
     ended = child.exitcode  # None if the child still runs
@@ -363,17 +352,17 @@ def first_failure(tree: Path, files: list[str], seconds: float, plugin: Callable
         return failed.group(1) or failed.group(2)
     if ended < 0:
         return f"killed by {signal.Signals(-ended).name}"
-    raise RuntimeError(f"{', '.join(files)} did not run:\n{text[-2000:]}")  # for example, a package is missing
+    raise RuntimeError(f"{file} did not run:\n{text[-2000:]}")  # for example, a package is missing
 
 
-def _pytest(tree: Path, log: Path, files: list[str], plugin: Callable[[], object]) -> None:
+def _pytest(tree: Path, log: Path, file: str, plugin: Callable[[], object]) -> None:
     """Run pytest in a separate process group."""
     os.setsid()
     with log.open("w") as out:
         os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
     os.chdir(tree)
     options = ["-q", "-x", "-m", "not deep", "-p", "no:cacheprovider", "-p", "no:randomly", "--tb=line"]
-    sys.exit(pytest.main([*options, *files], plugins=[plugin()]))
+    sys.exit(pytest.main([*options, file], plugins=[plugin()]))
 
 
 def main() -> int:
@@ -407,9 +396,10 @@ def covered(tree: Path, pool: Executor) -> Covered:
     files = sorted(file for folder in ("gpu_lstm", "kernels", "tests") for file in (tree / folder).rglob("*.*"))
     state = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     data, seconds = RESULTS / f"{state}.coverage", RESULTS / f"{state}.json"
+    known = coverage.CoverageData(data)
     if not seconds.exists():
         data.unlink(missing_ok=True)
-        recorded, combined, times = RESULTS / "recorded", coverage.CoverageData(data), {}
+        recorded, times = RESULTS / "recorded", {}
         shutil.rmtree(recorded, ignore_errors=True)
         tests = [str(file.relative_to(tree)) for file in files if file.match("tests/test_*.py")]
         asked = {pool.submit(without_a_fault, tree, test, (to := recorded / Path(test).stem)): to for test in tests}
@@ -422,11 +412,10 @@ def covered(tree: Path, pool: Executor) -> Covered:
             for file in asked[done].glob("lines.*"):
                 part = coverage.CoverageData(file)
                 part.read()
-                combined.update(part, map_path=lambda path, where=where: os.path.relpath(path, where))
+                known.update(part, map_path=lambda path, where=where: os.path.relpath(path, where))
         if failures:
             raise RuntimeError(f"fails without a fault: {', '.join(failures)}")
         seconds.write_text(json.dumps(times))
-    known = coverage.CoverageData(data)
     known.read()
     return Covered(json.loads(seconds.read_text()), known)
 
@@ -441,10 +430,8 @@ def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
     file.touch()
     known = {entry["name"]: entry for entry in map(json.loads, file.read_text().splitlines())}  # the last entry counts
     jobs = [m for m in chosen if known.get(m.name, {}).get("result", "survived") == "survived"]
-    tests, asked = covered(tree, pool), {}
-    for mutant in jobs:
-        batches = [(names, tests.time_of(names)) for names in tests.batches(mutant)]
-        asked[pool.submit(outcome, tree, mutant, batches)] = mutant
+    tests = covered(tree, pool)
+    asked = {pool.submit(outcome, tree, mutant, tests.tests_of(mutant)): mutant for mutant in jobs}
     for done in track(as_completed(asked), "planted", total=len(asked)):
         mutant = asked[done]
         about = dict(name=mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind)

@@ -61,59 +61,43 @@ def arrow(axes: Axes, start: Point, end: Point, colour: str) -> None:
 def data_flow(palette: Palette) -> Figure:
     """Draw one call in five stages, from the module down to the kernel, with the files of each stage."""
     figure, axes = canvas(100, 83, palette)
-    stages = (
-        ("1  module", "modules/, functional.py\ncollects arguments, and weights as they are now"),
-        ("2  request", "call/prepare.py, roles.py, modes.py\nchecks the call, here and nowhere else"),
-        ("3  route", "dispatch/route.py, run.py\nlooks up how calls of this kind run"),
-        ("4  layer", "backends/layer_loop.py, execution/autograd.py, backends/fused.py, kernels/layer.py\n"
+    for place, size, colour, title, text in (
+        ((1, 1), (46, 8), palette.computed, "1  module",
+         "modules/, functional.py\ncollects arguments, and weights as they are now"),
+        ((1, 15), (46, 8), palette.computed, "2  request",
+         "call/prepare.py, roles.py, modes.py\nchecks the call, here and nowhere else"),
+        ((1, 29), (46, 8), palette.computed, "3  route",
+         "dispatch/route.py, run.py\nlooks up how calls of this kind run"),
+        ((1, 49), (62, 10.5), palette.computed, "4  layer",
+         "backends/layer_loop.py, execution/autograd.py, backends/fused.py, kernels/layer.py\n"
          "runs layers and directions in order, with products over all steps and gradients\n"
          "chooses a plan of its kernels once, and verifies it"),
-        ("5  kernel", "runs the recurrence of one layer in one direction"),
-    )  # fmt: skip
-    handed = (
-        "options, weights, input, hx,\nlengths, resets", "Request: x, states, weights,\nand settings of the process",
-    )  # fmt: skip
-    tops = (1, 15, 29, 49, 67)
-    for number, (top, words) in enumerate(zip(tops, stages)):
-        size = (46, 8) if number < 3 else (62, 10.5) if number == 3 else (98, 15)
-        box(axes, (1, top), size, words, palette.kernel if number == 4 else palette.computed, palette)
-    for (above, below), text in zip(((1, 15), (15, 29)), handed):
-        arrow(axes, (24, above + 8), (24, below), palette.ink)
-        axes.text(26, (above + 8 + below) / 2, text, size=9, color=palette.faint, va="center", linespacing=1.2)
-    arrow(axes, (24, 37), (24, 49), palette.ink)
-    axes.text(26, 43, "Call: x [T, B, I], one pair of states\nfor each layer and direction", size=9, va="center",
-              color=palette.faint, linespacing=1.2)  # fmt: skip
-    arrow(axes, (24, 59.5), (24, 67), palette.ink)
-    axes.text(26, 63.2, "gates = x W_ih + b [T, B, 4H], W_hh, states, lengths, resets", size=9, va="center",
-              color=palette.faint)  # fmt: skip
-    decides = "kind.py: the facts that decide\navailable.py: which backends can run it\nrace.py: which one is faster"
-    box(
-        axes,
-        (62, 24),
-        (37, 13),
-        ("first call of a kind", f"{decides}\nthe decision is cached on disk"),
-        palette.page,
-        palette,
-    )
+        ((1, 67), (98, 15), palette.kernel, "5  kernel", "runs the recurrence of one layer in one direction"),
+        ((62, 24), (37, 13), palette.page, "first call of a kind",
+         "kind.py: the facts that decide\navailable.py: which backends can run it\n"
+         "race.py: which one is faster\nthe decision is cached on disk"),
+        ((66, 41.5), (33, 6.6), palette.memory, "torch", "torch_rnn.py: ATen, oneDNN, cuDNN"),
+        ((66, 49.5), (33, 6.6), palette.memory, "reference", "reference.py: derivatives of any order"),
+        ((66, 57.5), (33, 6.6), palette.memory, "graph", "graph.py: one operator for each layer"),
+        ((3, 73), (45, 8), palette.page, "triton_rnn/",
+         "resident, cooperative, held, step: one launch\npointwise: cuBLAS and a kernel at each step"),
+        ((50, 73), (23, 8), palette.page, "cupy_rnn/", "CUDA C++:\na kernel at each step"),
+        ((75, 73), (22, 8), palette.page, "numba_rnn/", "a loop for CPUs,\ncompiled by LLVM"),
+    ):  # fmt: skip
+        box(axes, place, size, (title, text), colour, palette)
+    for top, bottom, middle, text in (  # the arrows from stage to stage, each with a text
+        (9, 15, 12, "options, weights, input, hx,\nlengths, resets"),
+        (23, 29, 26, "Request: x, states, weights,\nand settings of the process"),
+        (37, 49, 43, "Call: x [T, B, I], one pair of states\nfor each layer and direction"),
+        (59.5, 67, 63.2, "gates = x W_ih + b [T, B, 4H], W_hh, states, lengths, resets"),
+    ):
+        arrow(axes, (24, top), (24, bottom), palette.ink)
+        axes.text(26, middle, text, size=9, color=palette.faint, va="center", linespacing=1.2)
     arrow(axes, (47, 31.5), (62, 31.5), palette.faint)
     arrow(axes, (62, 34.5), (47, 34.5), palette.faint)
-    for top, title, text in (
-        (41.5, "torch", "torch_rnn.py: ATen, oneDNN, cuDNN"),
-        (49.5, "reference", "reference.py: derivatives of any order"),
-        (57.5, "graph", "graph.py: one operator for each layer"),
-    ):
-        box(axes, (66, top), (33, 6.6), (title, text), palette.memory, palette)
-    axes.plot([43, 43, 64.5], [37, 39.4, 39.4], color=palette.ink, lw=1.4)
-    axes.plot([64.5, 64.5], [39.4, 60.8], color=palette.ink, lw=1.4)
+    axes.plot([43, 43, 64.5, 64.5], [37, 39.4, 39.4, 60.8], color=palette.ink, lw=1.4)
     for top in (44.8, 52.8, 60.8):
         arrow(axes, (64.5, top), (66, top), palette.ink)
-    of_triton = "resident, cooperative, held, step: one launch\npointwise: cuBLAS and a kernel at each step"
-    for left, width, title, text in (
-        (3, 45, "triton_rnn/", of_triton),
-        (50, 23, "cupy_rnn/", "CUDA C++:\na kernel at each step"),
-        (75, 22, "numba_rnn/", "a loop for CPUs,\ncompiled by LLVM"),
-    ):
-        box(axes, (left, 73), (width, 8), (title, text), palette.page, palette)
     return figure
 
 

@@ -239,7 +239,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     dtype, precision = _DTYPES[options.dtype]
     check_heads(options.heads, options.hidden)
     if (normed := options.layer_norm) and (options.heads > 1 or not CELLS[options.cell].normalises):
-        raise ValueError(f"--layer-norm is of an LSTM without heads, got {options.cell} with {options.heads}")
+        raise ValueError(f"--layer-norm needs an LSTM without heads, got {options.cell} with heads={options.heads}")
     problem = Problem(
         min(options.steps, 2), options.batch, options.hidden, dtype, precision=precision, gain_hh=normed, gain_c=normed,
         side_by_side=options.directions, cell=options.cell, heads=options.heads, bias_c=normed,
@@ -285,8 +285,8 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
         return {"cleared": cleared}, f"cached results cleared: {cleared}"
     rows, lines = [], []
     how_they_come = (
-        "the first call of each kind on a card races the kernels against torch's own",
-        "each kernel is verified on a card before it is used", "the first call of a layer on a card times some of them",
+        "the first call of each kind races the kernels against torch's own",
+        "each kernel is verified before it is used", "the first call of a layer on a card times some of them",
     )  # fmt: skip
     for kind, none_yet in zip(cache.KINDS, how_they_come, strict=True):
         entries = list(cache.entries(kind))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
-from .call.checks import check_dimensions, check_heads, check_tensor, named_weights
+from .call.checks import check_dimensions, check_heads, check_positive, check_tensor, named_weights
 from .call.choices import AnyBackend
-from .call.prepare import prepare_layer
+from .call.prepare import request_of_layer
 from .call.weights import State, Weights
 from .dispatch.route import run_call
 from .kernels import heads as products
@@ -78,7 +78,7 @@ def lstm_layer(
         ValueError: There are more steps, sequences or units than the kernels of the backend can count.
         ImportError, RuntimeError, TypeError: A chosen backend cannot run. The message says why.
     """
-    return run_call(prepare_layer(LSTM, x, named_weights(weights, LSTM), hx, **how))
+    return run_call(request_of_layer(LSTM, x, named_weights(weights, LSTM), hx, **how))
 
 
 def gru_layer(
@@ -101,7 +101,7 @@ def gru_layer(
     Raises:
         RuntimeError, TypeError, ValueError, ImportError: See `lstm_layer`.
     """
-    return run_call(prepare_layer(GRU, x, named_weights(weights, GRU), hx, **how))
+    return run_call(request_of_layer(GRU, x, named_weights(weights, GRU), hx, **how))
 
 
 def slstm_layer(
@@ -128,7 +128,7 @@ def slstm_layer(
         if tensor is not None or name != "bias":
             check_tensor(tensor, name)
             check_dimensions(name, tensor, dimensions)  # type: ignore[arg-type]
-    return run_call(prepare_layer(SLSTM, z, Weights(None, weight_hh, bias), hx, **how))
+    return run_call(request_of_layer(SLSTM, z, Weights(None, weight_hh, bias), hx, **how))
 
 
 def of_heads(weight_hh: Tensor, heads: int) -> Tensor:
@@ -167,9 +167,10 @@ def dense(weight_hh: Tensor, hidden_size: int) -> Tensor:
         The block-diagonal weights, [4H, H] or [3H, H].
 
     Raises:
-        TypeError: `weight_hh` is not a tensor.
-        ValueError: `weight_hh` does not have such a size.
+        TypeError: `hidden_size` is not an int, or `weight_hh` is not a tensor.
+        ValueError: `hidden_size` is not positive, or `weight_hh` does not have such a size.
     """
+    check_positive("hidden_size", hidden_size)
     _hidden_of(weight_hh, hidden_size)
     return products.dense(weight_hh, hidden_size)
 
@@ -182,6 +183,7 @@ def _hidden_of(weight_hh: Tensor, hidden: int | None = None) -> int:
     check_tensor(weight_hh, "weight_hh")
     rows, columns = weight_hh.shape if weight_hh.dim() == 2 else (0, 0)
     hidden = columns if hidden is None else hidden
-    if not (rows and columns and hidden > 0) or rows % hidden or hidden % columns:
-        raise ValueError(f"Expected weight_hh with a multiple of {hidden} rows, got {list(weight_hh.shape)}")
+    if not (rows and columns) or rows % hidden or hidden % columns:
+        expected = f"a multiple of {hidden} rows and a divisor of {hidden} columns"
+        raise ValueError(f"Expected weight_hh with {expected}, got {list(weight_hh.shape)}")
     return hidden

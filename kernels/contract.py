@@ -44,12 +44,13 @@ class Package(Protocol):
     DEVICES: tuple[str, ...]  # the types of devices whose tensors `auto` may give to the backend
     DTYPES: tuple[torch.dtype, ...]  # the dtypes of the calls that it runs
     IN_FLOAT32: tuple[torch.dtype, ...]  # the dtypes among them whose calls it computes in float32, and rounds
-    is_compiled: Callable[..., bool] | None
-    """is_compiled(pass_, for_any=False) tells whether the cache has the compiled function that runs a pass.
+    was_compiled: Callable[[Pass], bool] | None
+    """was_compiled(pass_) tells whether the cache has the compiled function that runs a pass, for any CPU and versions.
 
-    One function runs the pass of every problem, and its compilation takes ten seconds. It must have been compiled for
-    this CPU and the installed versions. With `for_any`, a function for any CPU and any versions counts, so the answer
-    needs no import. If `is_compiled` is None, each problem has kernels of its own."""
+    One function runs the pass of every problem, and its compilation takes ten seconds. The answer needs no import. If
+    `was_compiled` and `is_compiled` are None, each problem has kernels of its own."""
+    is_compiled: Callable[[Pass], bool] | None
+    """is_compiled(pass_) tells whether the cache has the function for this CPU and the installed versions."""
     PACKAGES: tuple[str, ...]  # the packages whose versions belong in a bug report
     NEEDS: str  # what to install, and how
 

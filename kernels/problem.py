@@ -87,8 +87,8 @@ class Problem(NamedTuple):
 
     @property
     def projects_in_loop(self) -> bool:
-        """Whether there is a projection that stays in the time loop because of noise, see projection.py."""
-        return self.projected > 0 and self.regularised
+        """Whether there is a projection that stays in the time loop because of noise on h, see projection.py."""
+        return self.projected > 0 and (self.dropout_h or self.zoneout_h is not None)
 
     @property
     def normalised(self) -> bool:

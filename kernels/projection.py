@@ -1,8 +1,8 @@
 """A projection h = W_hr m that is moved out of the time loop, where the product is W_hh h = (W_hh W_hr) m.
 
 Only h0 is not computed from an m. Its product with W_hh is added to the gates of the first step. With recurrent dropout
-or zoneout of h, the factor of W_hh is not W_hr times the previous m, so the projection cannot be moved. With zoneout of
-c alone it is not moved either (`Problem.projects_in_loop`).
+or zoneout of h, the factor of W_hh is not W_hr times the previous m, so the projection cannot be moved
+(`Problem.projects_in_loop`).
 """
 
 from typing import Any

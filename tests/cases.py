@@ -42,12 +42,16 @@ ARGUMENTS = OF_TORCH | {  # and the words for our own arguments
     "recompute": dict(recompute=True), "peepholes": dict(peepholes=True), "norms": dict(layer_norm=True),
     "norm-hh": dict(layer_norm=("hh",)), "norm-c": dict(layer_norm=("c",)), "norm-hh-c": dict(layer_norm=("hh", "c")),
     "masks": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)), "dropout_h": dict(recurrent_dropout=0.3),
+    "dropped_h": dict(recurrent_dropout=1.0), "weight_drop": dict(weight_drop=0.5),
+    "dropped_weights": dict(weight_drop=1.0), "dropout": dict(dropout=0.25), "dropped_layers": dict(dropout=1.0),
     "zoneout": dict(zoneout=(0.3, 0.45)), "zoneout_h": dict(zoneout=(0.3, 0.0)), "zoneout_c": dict(zoneout=(0.0, 0.45)),
-    "expected": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)),  # the module is in eval()
+    # The module is in eval(), where only zoneout acts.
+    "expected": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45), weight_drop=0.5),
     "heads": dict(heads=2), "three-heads": dict(heads=3), "four-heads": dict(heads=4),
     "gru": {}, "slstm": {}, "stack": {}, "residual": {},  # these words choose GRU, SLSTM, StackedLSTM or StackedGRU
 }  # fmt: skip
-NOISE = {"masks", "zoneout", "dropout_h", "zoneout_h", "zoneout_c", "expected"}
+NOISE = {"masks", "zoneout", "dropout_h", "dropped_h", "zoneout_h", "zoneout_c", "expected", "weight_drop",
+         "dropped_weights", "dropout", "dropped_layers"}  # fmt: skip
 UNITS = 16  # the error that a yardstick may have, in units in the last place; in test_layer.py it is at most 8
 
 
@@ -56,6 +60,8 @@ def built(size, words, own=False, **how):
     _, _, inputs, hidden, *projected = size
     table = OF_TORCH if own else ARGUMENTS
     how |= {name: value for word in words if word in table for name, value in table[word].items()}
+    if "expected" in words and words & {"deep", "stack", "residual"}:
+        how["dropout"] = 0.5
     kind = "GRU" if "gru" in words else "LSTM"
     if "slstm" in words:
         module = gpu_lstm.SLSTM(inputs, hidden, **{name: how[name] for name in how.keys() - {"recurrent_dropout"}})
@@ -115,9 +121,11 @@ def call_of(module, size, words, seed):
             rest["lengths"][0] = int("packed" in words)
         if batch > 1 or "packed" in words:
             rest["lengths"][-1] = steps
+    if words & {"short", "none"}:  # no sequence has all steps
+        rest["lengths"] = rest["lengths"] // 2 * ("short" in words)
     if words & {"resets", "state", "states"}:
         resets = torch.rand(steps, batch) < 0.4
-        resets[0, -1] |= batch > 2  # of the longest sequence: its states and gradients, too, end before the first step
+        resets[0, -1:] |= batch > 2  # of the longest sequence: its states and gradients, too, end before the first step
         rest["resets"] = resets.T if module.batch_first else resets
     if words & {"state", "states"}:
         rest["reset_states"] = states_left(module, hx, steps, "states" in words)
@@ -126,7 +134,9 @@ def call_of(module, size, words, seed):
 
 def packed(module, x, *hx, lengths, **rest):
     first = module.batch_first
-    y, states = module(pack_padded_sequence(x, lengths.cpu(), batch_first=first, enforce_sorted=False), *hx, **rest)
+    given = pack_padded_sequence(x, lengths.cpu(), batch_first=first, enforce_sorted=False)
+    y, states = module(given, *hx, **rest)
+    assert all(map(torch.equal, y[1:], given[1:])), "other sizes of batches, or another order"
     return pad_packed_sequence(y, batch_first=first)[0], states
 
 
@@ -187,10 +197,23 @@ def by_cell(module, x, hx=None):
     return torch.stack(outputs), tree_map(lambda t: t[None], state)
 
 
-def by_stream(module, x, hx=None):
-    """Compute the call by a Stream: a chunk of two steps first, then single steps."""
-    stream = gpu_lstm.Stream(module, x.shape[1], hx)
-    return torch.cat([stream(x[:2]), *(stream(x_t)[None] for x_t in x[2:])]), stream.state
+def by_stream(module, x, hx=None, resets=None):
+    """Compute the call by a Stream: a chunk of two steps first, a chunk of one, then single steps. With resets there
+    are single steps alone."""
+
+    def turned(t):
+        return t.transpose(0, 1) if module.batch_first else t
+
+    steps, parts = turned(x), []
+    stream = gpu_lstm.Stream(module, steps.shape[1], hx)
+    if resets is None:
+        parts += [turned(stream(turned(chunk))) for chunk in (steps[:2], steps[2:3])]
+    for t in range(3 * (resets is None), len(steps)):
+        if resets is not None:
+            stream.reset(turned(resets)[t])
+        parts.append(stream(steps[t])[None])
+    assert not any(part.requires_grad for part in parts)
+    return turned(torch.cat(parts)), stream.state
 
 
 FORMS: dict[str, Callable] = {
@@ -209,6 +232,13 @@ def with_random_parameters(module, seed):
     return module
 
 
+def drawn(size, words, seed=0, **how):
+    """Return the module of a case with random parameters, and a random call of it."""
+    named = {*words.split()}
+    module = with_random_parameters(built(size, named, **how), seed).train("expected" not in named)
+    return module, call_of(module, size, named, seed)
+
+
 def check(
     size, words, backend, dtype, device = "cpu", seeds = 3,
     yardstick=None, first_seed=0,
@@ -223,10 +253,10 @@ def check(
     form = next((FORMS[word] for word in named if word in FORMS), None)
     their_form = form if named & {"packed", "reverse"} or is_wide(size) else None
     for seed in range(first_seed, first_seed + seeds):
-        ours = with_random_parameters(built(size, named, backend=backend), seed).to(device, dtype)
-        call = call_of(ours, size, named, seed)
+        ours, call = drawn(size, words, seed, backend=backend)
+        ours.to(device, dtype)
         found, true = result_of(ours, call, named, seed, form), truth_of(ours, call, named, seed)
-        names = list(true)[: 1 + len(letters_of(ours)) if named & {"stream", "no-grad"} else None]
+        names = [name for name in true if name[0] != "d" or not named & {"stream", "no-grad"}]
         assert list(found) == names
         of_dtype = [t.dtype for name, t in found.items() if "slstm" not in named or name not in ("c0", "n0", "m0")]
         assert set(of_dtype) == {dtype}
@@ -292,13 +322,11 @@ def truth_of(module, call, words, seed, kind=np.ndarray):
 
 def inputs_of(size, words, seed=0):
     """Return the tensors of a call of one layer in one direction, in float32, with states [B, *]."""
-    named = set(words.split())
-    module = with_random_parameters(built(size, named), seed).train("expected" not in named)
-    x, hx, rest = call_of(module, size, named, seed)
+    named, (module, (x, hx, rest)) = set(words.split()), drawn(size, words, seed)
     absent = [[None]] * len(letters_of(module))
     left = tree_leaves(rest.pop("reset_states")) if "reset_states" in rest else absent
     (((h0, c0),),), (((reset_h, reset_c),),) = (rows_of(module, t) for t in (tree_leaves(hx), left))
-    (names,), ((noise,),) = weights_of(module)[0], noises_of(module, seed, *size[:2])
+    (names,), (((noise,),), *_) = weights_of(module)[0], noises_of(module, seed, *size[:2])
     parameters = {name: p.detach() for name, p in module.named_parameters()}
     masks = {name: torch.from_numpy(a) for name, a in noise.items()}
     for name in masks.keys() & {"zoneout_h", "zoneout_c"}:

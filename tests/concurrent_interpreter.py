@@ -123,11 +123,12 @@ class _Program(threading.Thread):
         super().__init__(daemon=True)
 
     def run(self):
+        """Run the program. If it raises, its error is recorded, and all other programs are stopped."""
         try:
             self.body()
             self.perform_held()
-        except _Stopped:  # another program raised, which is recorded, or no program stores, which is reported
-            pass
+        except _Stopped:
+            pass  # the program ends as it was told; `_run_all` raises the launch's error
         except BaseException as error:
             self.launch.errors.append((self.index, error))
             self.launch.stop.set()

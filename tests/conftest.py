@@ -199,12 +199,22 @@ def nothing_cached(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def spy(monkeypatch):
+    """spy(owner, name) returns a Mock that makes and records the calls of this function from now on."""
+
+    def spy(owner, name):
+        monkeypatch.setattr(owner, name, Mock(side_effect=getattr(owner, name)))
+        return getattr(owner, name)
+
+    return spy
+
+
+@pytest.fixture
+def launched(spy):
     """A Mock that makes and records the launches of Triton's kernels from now on."""
     from gpu_lstm.kernels.triton_rnn import launch
 
-    monkeypatch.setattr(launch, "launch_kernel", Mock(side_effect=launch.launch_kernel))
-    return launch.launch_kernel
+    return spy(launch, "launch_kernel")
 
 
 @pytest.fixture

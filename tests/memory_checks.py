@@ -102,12 +102,8 @@ def check_interpreted_kernels():
     def atomic_rmw(op, at, value, mask, order):
         return native.atomic_rmw(op, checked("atomic", at, mask, value.itemsize), value, mask, order)
 
-    def atomic_cas(at, expected, value, order):
-        everywhere = np.ones_like(at, bool)
-        return native.atomic_cas(checked("atomic", at, everywhere, value.itemsize), expected, value, order)
-
     functions = {name: getattr(native, name) for name in dir(native)}
-    functions |= dict(load=load, store=store, atomic_rmw=atomic_rmw, atomic_cas=atomic_cas)
+    functions |= dict(load=load, store=store, atomic_rmw=atomic_rmw)
     interpreter._interpreter = SimpleNamespace(**functions)
     interpreter.GridExecutor._init_args_hst = _number_arguments
     interpreter.GridExecutor._restore_args_dev = lambda *_: None  # tensors are on the CPU, where kernels write them

@@ -218,12 +218,13 @@ def layer_gradients(x, h0, c0, *weights, tape, dh, dh_n, dc_n, dropout_h=None, z
     return dx, into_h, into_c, *vars(d).values(), dreset_h, dreset_c
 
 
-def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual=False, reverse=False):
+def stack(x, states, layers, *, lengths=None, resets=None, noises=None, kept=(), residual=False, reverse=False):
     """Compute layers on top of each other. Return (y [T, B, D*P], final states [L][D], tapes [L] for
     `stack_gradients`).
 
     `states` (h0, c0), the weights in `layers`, and `noises` are lists [L][D], for every layer and direction. `noises`
-    holds the masks and the states after resets, by argument of `layer`. With `reverse` the first direction is reverse,
+    holds the masks and the states after resets, by argument of `layer`. `kept` has factors of the outputs of the first
+    layers, [T, B, D*P], as dropout between layers has. With `reverse` the first direction is reverse,
     too.
     """
     valid = np.arange(len(x))[:, None] < (len(x) if lengths is None else np.asarray(lengths))  # [T, B] or [T, 1]
@@ -239,15 +240,17 @@ def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual
         y = np.concatenate(outputs, axis=2)
         passed = valid[:, :, None] * (residual and x.shape == y.shape)  # the share of x that is added to y
         x = passed * x + y if passed.any() else y
+        x = x * kept[k] if k < len(kept) else x
         finals.append(final)
-        tapes.append((passed, taken))
+        tapes.append((passed, kept[k : k + 1], taken))
     return x, finals, tapes
 
 
 def stack_gradients(tapes, dy, dfinals):
     """Return the gradients of x, of the states [L][D], of the weights [L][D], and of the states after resets [L][D]."""
     dstates, dweights, dleft = [], [], []
-    for (passed, taken), dfinal in zip(reversed(tapes), reversed(dfinals)):
+    for (passed, kept, taken), dfinal in zip(reversed(tapes), reversed(dfinals)):
+        dy = dy * kept[0] if len(kept) else dy
         found = [
             layer_gradients(*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n, **noise)
             for (inputs, noise, tape), dh, (dh_n, dc_n) in zip(taken, np.split(dy, len(taken), axis=2), dfinal)

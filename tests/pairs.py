@@ -1,6 +1,7 @@
 """A float64 module of torch and ours with the same weights, all results of a call of either, and the true results."""
 
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import oracle
@@ -16,7 +17,6 @@ from gpu_lstm.call.weights import NAMES
 
 T, B, I, H = 4, 3, 3, 4
 SIZES = [4, 2]  # units of the layers of a StackedLSTM
-KINDS = ("LSTM", "LSTMCell", "StackedLSTM", "GRU", "GRUCell", "StackedGRU")
 LENGTHS = torch.tensor([2, 0, 4])
 RESETS = torch.tensor([[0, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 1]]).bool()  # [T, B], some of them in the padding
 RAGGED = dict(lengths=LENGTHS, resets=RESETS)
@@ -163,12 +163,15 @@ def weighing(found, dtype=None):
 
 def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, noises=None, reverse=False,
           kind=np.ndarray):  # fmt: skip
-    """Return what `results` of a batched LSTM, GRU or stack should return, by the oracle, with `noises` [L][D] of the
-    call.
+    """Return what `results` of a batched LSTM, GRU or stack should return, by the oracle, with the noise of the call
+    that `noises_of` returns.
 
     With `reverse` the first direction is reverse, too. The oracle computes with arrays of `kind`.
     """
     (names, layers), letters = weights_of(module), letters_of(module)
+    noises, factors, kept = noises or (None, None, ())
+    if factors:
+        layers = [[[w_ih, w_hh * f, *more] for (w_ih, w_hh, *more), f in zip(*each)] for each in zip(layers, factors)]
     layers = tree_map_only(np.ndarray, lambda a: a.view(kind), layers)
 
     def turned(t):  # converts between the user's layout and time-major
@@ -185,10 +188,13 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
         noises = [[of | dict(reset_h=h, reset_c=c) for of, (h, c) in zip(*layer)] for layer in zip(noises, left)]
     ragged = dict(lengths=lengths, resets=None if resets is None else turned(resets))
     residual = getattr(module, "residual", False)
-    y, finals, tapes = oracle.stack(x, states, layers, **ragged, noises=noises, residual=residual, reverse=reverse)
+    how = dict(noises=noises, kept=kept, residual=residual, reverse=reverse)
+    y, finals, tapes = oracle.stack(x, states, layers, **ragged, **how)
     found = [turned(y), *leaves_of(module, finals)]
     dy, *dfinals = (t.double().numpy() for t in weighing(found, next(module.parameters()).dtype))
     dx, dstates, dweights, dleft = oracle.stack_gradients(tapes, turned(dy), rows_of(module, dfinals))
+    for d, f in zip(chain(*dweights), chain(*factors or [])):
+        d[1] *= f
 
     finals = found[1:]
     named = dict(zip(["output", *names_of(finals, letters), "dx"], [*found, turned(dx)]))
@@ -207,11 +213,14 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
 
 
 def noises_of(module, seed, steps=T, batch=B):
-    """Return what a call of an LSTM, GRU or stack draws after torch.manual_seed(seed), in the form of the oracle,
-    [L][D].
+    """Return the noise that a call of an LSTM, GRU or stack draws after torch.manual_seed(seed).
 
-    The factors of h for dropout come first, then the masks of h and c that stay. In eval() there are only the rates of
-    zoneout.
+    Returns:
+        The masks [L][D] in the form of the oracle, the factors of each W_hh [L][D] or None, and the factors of the
+        outputs of all layers but the last.
+
+    The factors of W_hh come first, then the factors of h for dropout, and the masks of h and c that stay. In eval()
+    there are only the rates of zoneout.
     """
     like, letters = next(module.parameters()), letters_of(module)
     torch.manual_seed(seed)
@@ -229,7 +238,15 @@ def noises_of(module, seed, steps=T, batch=B):
                 noise[f"zoneout_{state}"] = torch.full((steps, batch, size), rate, dtype=torch.float64)
         return {name: t.double().cpu().numpy() for name, t in noise.items()}
 
-    return [[drawn(weight_hh) for _, weight_hh, *_ in layer] for layer in weights_of(module)[1]]
+    layers, training, factors, kept = weights_of(module)[1], module.training, None, []
+    if training and getattr(module, "weight_drop", 0):
+        ones = [[like.new_ones(weight_hh.shape) for _, weight_hh, *_ in layer] for layer in layers]
+        factors = tree_map(lambda t: nn.functional.dropout(t, module.weight_drop).double().cpu().numpy(), ones)
+    masks = [[drawn(weight_hh) for _, weight_hh, *_ in layer] for layer in layers]
+    for layer in layers[:-1] if training and module.dropout else ():
+        mask = like.new_empty(steps, batch, len(layer) * layer[0][1].shape[1], dtype=torch.bool)
+        kept.append(mask.bernoulli_(1 - module.dropout).double().cpu().numpy() / (1 - module.dropout or 1))
+    return masks, factors, kept
 
 
 def is_of_steps(module, t):

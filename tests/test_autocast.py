@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import DEVICE
+from comparing import DEVICE, PLACES, both_classes, both_kinds
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
@@ -22,6 +22,9 @@ pytestmark = pytest.mark.usefixtures("with_onednn")
 T, B, I, H = 6, 3, 4, 5
 DTYPE = torch.float16  # the interpreter's bfloat16 products are wrong
 autocast = partial(torch.autocast, DEVICE, DTYPE)
+
+
+by_ours = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
 def is_cast(function, given, result):
@@ -68,7 +71,7 @@ def rms(error):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@by_ours
 def test_a_loop_casts_each_weight_once_a_block_as_torch_does(backend, kind):
     found = []
     for each, half in (*((each, True) for each in modules(backend, kind)), (modules(backend, kind)[0].double(), False)):
@@ -125,7 +128,7 @@ def test_a_block_within_another_has_its_own_casts():
     assert (outer.dtype, inner.dtype) == (torch.bfloat16, DTYPE)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@by_ours
 @pytest.mark.parametrize("projected", [False, True])
 def test_a_call_is_cast_as_by_hand(backend, projected):
     """A residual connection is cast, too. c of states to reset to is not rounded. On a CPU, beside a projection, the
@@ -151,11 +154,22 @@ def test_a_call_is_cast_as_by_hand(backend, projected):
     assert all(map(torch.equal, found, by_hand))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "numba"])
 def test_without_autocast_a_float32_c_beside_half_precision_is_not_rounded(backend):
-    module, c = gpu_lstm.LSTM(I, H, backend=backend, device=DEVICE).to(DTYPE), torch.rand(1, B, H, device=DEVICE)
-    h, lengths = torch.zeros(1, B, H, device=DEVICE, dtype=DTYPE), torch.zeros(B, dtype=torch.int64, device=DEVICE)
-    assert torch.equal(module(inputs().to(DTYPE), (h, c), lengths=lengths)[1][1], c)
+    device = PLACES[backend]["device"]
+    module, c = gpu_lstm.LSTM(I, H, backend=backend).to(device, DTYPE), torch.rand(1, B, H, device=device)
+    x, h, lengths = (t.to(device) for t in (inputs().to(DTYPE), torch.zeros(1, B, H).to(DTYPE), torch.zeros(B).long()))
+    assert torch.equal(module(x, (h, c), lengths=lengths)[1][1], c)
+
+
+@by_ours
+@both_kinds
+def test_a_loss_that_is_scaled_too_far_has_gradients_that_are_not_finite(backend, kind):
+    """A GradScaler expects them."""
+    _, module = modules(backend, kind)
+    with autocast():
+        loss = module(inputs())[0].float().sum() * 2.0**127 * 4
+    assert not any(t.isfinite().all() for t in torch.autograd.grad(loss, list(module.parameters())))
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
@@ -193,7 +207,7 @@ def test_per_sample_gradients_under_autocast():
     torch.testing.assert_close(total, whole, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+@both_classes
 def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch, cls):
     """oneDNN has no LSTM in float16. cuDNN has one, which must not be passed infinite values."""
     stack = Mock(side_effect=lambda cell, x, state, layers, **_: (x.new_zeros(*x.shape[:2], 4), state))

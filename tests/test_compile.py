@@ -262,12 +262,16 @@ def test_a_fault_is_detected(kernels, fault):
         assert any(said in problem for problem in problems)
 
 
+def polling_loop(*sizes):
+    text = exchange.polling_loop(*sizes)
+    return getattr(text, "value", text)  # Triton 3.4 wraps the text
+
+
 @pytest.mark.parametrize(("sizes", "words"), [
     ((2, 4, 64, 2), [0, 2, 64, 66]), ((3, 1, 7, 1), [0, 7, 14]), ((1, 4, 9, 4), [0])])  # fmt: skip
 def test_words_are_loaded_from_where_they_lie_and_only_as_many_as_there_are(sizes, words):
     """Words lie in groups of neighbours, a stride apart. One load takes several words."""
-    text = exchange.polling_loop(*sizes)
-    text = getattr(text, "value", text)  # Triton 3.4 wraps the text
+    text = polling_loop(*sizes)
     places = [int(place) for place in re.findall(r"ld\.relaxed\.gpu\.[^\[]*\[\$\d+ \+ (\d+)\]", text)]
     counts = [int(count) for count in re.findall(r"setp\.gt\.s32 missing\d+, \$\d+, (\d+);", text)]
     assert (places, counts) == ([4 * word for word in words], words)
@@ -280,8 +284,7 @@ def delays_of(text):
 
 def test_only_the_first_poll_is_delayed():
     """The loop of the delay stands before the first poll, and a poll in vain does not go back to it."""
-    text = exchange.polling_loop(3, 4, 128, 4)
-    text = getattr(text, "value", text)
+    text = polling_loop(3, 4, 128, 4)
     assert delays_of(text) == ["DELAY:", "DELAY", "POLL:", "DONE", "POLL", "POLL", "DONE:"]
     assert delays_of(text.replace("bra POLL", "bra DELAY")) != delays_of(text)
 
@@ -291,8 +294,7 @@ def test_only_the_first_poll_is_delayed():
 def test_a_wait_learns_its_delay(polls, before, after):
     """After a poll in vain the delay is two turns of its loop longer. Where words were there at once, it is a sixteenth
     of a turn shorter. The delay also records that a wait timed out, so that later waits do not poll."""
-    text = exchange.polling_loop(1, 1, 1, 1)
-    text = getattr(text, "value", text)
+    text = polling_loop(1, 1, 1, 1)
     first, last = text.partition("setp.lt.s32 lost, $7, 0;")[1], text.partition("DONE:")[2]
     assert first, "the operands: the word, the next delay, and after five more this"
     assert "setp.eq.s32 lost, polls, polls;\nDONE:" in text, "after a timeout"

@@ -5,7 +5,6 @@ Problems that are too large for any memory are interpreted without memory, and e
 
 import dataclasses
 import re
-from functools import partial
 from itertools import product
 from math import ceil
 from types import SimpleNamespace
@@ -16,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 from cases import built, call_of, with_random_parameters
-from comparing import BACKENDS, KERNELS_HERE, PLACES, assert_same, every_backend
+from comparing import BACKENDS, KERNELS_HERE, PLACES, assert_same, both_classes, both_ways, every_backend
 from pairs import results
 from places import KERNELS, by_interpreter
 from standing_in import plan_of, recurrence
-from subjects import SUBJECTS
 from torch import Tensor, zeros
 from torch.nn.functional import pad
 from triton.runtime import interpreter
@@ -37,25 +35,6 @@ from gpu_lstm.kernels.triton_rnn.parameters import in_tuples
 from gpu_lstm.kernels.triton_rnn.plans.planning import Step
 
 T, I, H = 3, 3, 4
-HEADS = {f"{cls.__name__} of heads": partial(cls, 2, 4, heads=2) for cls in (gpu_lstm.LSTM, gpu_lstm.GRU)}
-
-
-@pytest.mark.parametrize(("recompute", "ragged"), [(False, True), (True, False)])
-@pytest.mark.parametrize("kind", ["plain", "deep", "projected", "stack", "variant", "GRU", "StackedGRU", *HEADS])
-@every_backend
-def test_a_batch_of_none(backend, kind, recompute, ragged):
-    """Forward and backward give results with no rows, and gradients of zero. A variant has noise, too."""
-    noise = dict(recurrent_dropout=0.5, zoneout=0.1) if kind == "variant" else {}
-    if noise and backend == "torch":
-        backend = None  # the library chooses one that has noise
-    place = PLACES[backend or "reference"]
-    lstm = (SUBJECTS | HEADS)[kind](backend=backend, recompute=recompute, **noise, **place)
-    x = zeros(T, 0, 2, **place, requires_grad=True)
-    of_none = dict(lengths=zeros(0, device=x.device).long(), resets=zeros(T, 0, device=x.device).bool())
-    y, _ = lstm(x, **of_none if ragged else {})
-    dx, *gradients = torch.autograd.grad(y.sum(), [x, *lstm.parameters()])
-    assert (y.shape[:2], dx.shape) == ((T, 0), x.shape)
-    assert all(map(torch.equal, gradients, map(torch.zeros_like, lstm.parameters())))
 
 
 @every_backend
@@ -74,8 +53,6 @@ def test_of_none_what_goes_round_a_call(backend):
     assert stream(zeros(T, 0, I, **place)).shape == (T, 0, 5)
     stream.reset(zeros(0, dtype=torch.bool, device=place["device"]))
     assert stream(zeros(0, I, **place)).shape == (0, 5)
-    h, c = gpu_lstm.LSTMCell(I, H, backend=backend, **place)(zeros(0, I, **place))
-    assert h.shape == c.shape == (0, H)
 
 
 IN_PLACE = ("output", "h_n", "c_n", "input", "lengths", "weight")
@@ -83,7 +60,7 @@ IN_PLACE = ("output", "h_n", "c_n", "input", "lengths", "weight")
 
 @pytest.mark.parametrize("changed", IN_PLACE)
 @pytest.mark.parametrize(("backend", "ragged"), [(KERNELS_HERE, True), *product(BACKENDS[:2], (False, True))])
-@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+@both_classes
 def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(cls, backend, ragged, changed):
     """torch raises where backward needs the old value. Where backward does not need it, results and gradients are
     right."""
@@ -202,7 +179,7 @@ def _launches(name, backward):
     return launch.recorded_launches(problem._replace(**ragged), Pass(backward), plan)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@both_ways
 @pytest.mark.parametrize("name", HUGE | AT_THE_LIMIT)
 def test_grids_are_those_of_a_gpu(name, backward):
     for one in _launches(name, backward):
@@ -249,7 +226,7 @@ def _run_last_program(monkeypatch, one):
 
 
 @by_interpreter
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@both_ways
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=() if name.endswith(", rows") else pytest.mark.deep) for name in HUGE])  # fmt: skip
 def test_every_address_lies_in_its_tensor(monkeypatch, name, backward):

@@ -117,13 +117,13 @@ OF_LAUNCHES = {  # a function in the place of a launch, and the text of the warn
 
 
 @pytest.fixture(autouse=True)
-def verdicts(monkeypatch):
+def verdicts(monkeypatch, spy):
     """A Mock that gives the verdicts. Nothing is raced. Where there are resets the kernels are expected to be
     faster."""
     plans_are_verified_on_the_cpu(monkeypatch)
-    monkeypatch.setattr(verify, "_verdict", Mock(side_effect=verify._verdict))
+    verdicts = spy(verify, "_verdict")
     with gpu_lstm.racing("off"):
-        yield verify._verdict
+        yield verdicts
 
 
 def eager(module):

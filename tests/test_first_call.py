@@ -13,6 +13,7 @@ from unittest.mock import ANY, MagicMock, Mock, call
 
 import pytest
 import torch
+from comparing import both_ways
 from standing_in import CUDA, H100, plan_of, torch_finds
 
 from gpu_lstm import __main__ as doctor
@@ -114,23 +115,15 @@ def test_a_tensor_is_copied_unless_it_is_contiguous_and_aligned(shift):
         assert (aligned(each).is_contiguous(), aligned(each).data_ptr() % 16) == (True, 0)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@both_ways
 @pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step", "held"])
-def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
+def test_a_plan_is_launched_as_it_says(family, backward):
     """The launch has the plan's warps, stages, registers and programs. It is cooperative where programs wait for each
     other."""
     batch, hidden, steps = 40, 256 if family in ("cooperative", "held") else 64, 4
     problem = Problem(steps, batch, hidden, torch.float16)
     plan = plan_of(family, problem, backward)
-    h, record = torch.zeros(steps, batch, hidden).half(), Mock()
-    gates, r = launch.call_of(problem, torch.device("cpu"))
-    monkeypatch.setattr(launch, "launch_kernel", record)
-    layer = kept_layer(launch, problem, gates.device).with_plan(plan)
-    if backward:
-        layer.backward(h, h[:1], None, gates, h.float(), r)
-    else:
-        layer.forward(gates, r, save=True)
-    (kernel, grid), arguments = record.call_args
+    kernel, grid, arguments = launch.recorded_launches(problem, Pass(backward), plan)[-1]
     assert kernel.__name__ == f"{family}_{'backward' if backward else 'forward'}_kernel"
     assert math.prod(grid) == plan.programs * plan.groups
     options = dict(num_warps=plan.num_warps, maxnreg=min(255, 65536 // (32 * plan.num_warps)), enable_fp_fusion=True)

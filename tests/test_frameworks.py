@@ -221,6 +221,8 @@ def test_a_script_module_has_torchs_module_and_no_forward_of_a_users_is_lost(kin
     torch.testing.assert_close(Old()(x), ours(x))
     with pytest.raises(ValueError, match="SLSTM has a cell of its own, and would be scripted"):
         torch.jit.script(gpu_lstm.SLSTM(5, 6))
+    with pytest.raises(ValueError, match=r"a StackedGRU has no counterpart in torch\.nn, and cannot be scripted"):
+        torch.jit.script(nn.Sequential(gpu_lstm.StackedGRU(5, [6, 7])))
     mine = type("Mine", (type(ours),), {"forward": lambda self, x: x})(5, 6)
     with pytest.raises(ValueError, match=rf"Mine has a forward of its own, .* scripted as a torch\.nn\.{kind}"):
         torch.jit.script(nn.Sequential(mine))

@@ -36,12 +36,9 @@ def kinds(request):
 
 
 @pytest.fixture
-def calls(monkeypatch, kinds):
-    """A list with an element for each call of lstm_layer or gru_layer."""
-    made, name = [], f"{kinds[0].__name__.lower()}_layer"
-    function = getattr(layer, name)
-    monkeypatch.setattr(layer, name, lambda *given, **named: made.append(1) or function(*given, **named))
-    return made
+def calls(spy, kinds):
+    """A Mock that makes and counts the calls of lstm_layer or gru_layer."""
+    return spy(layer, f"{kinds[0].__name__.lower()}_layer")
 
 
 def draw(*shape, dtype="float32", seed=0):
@@ -92,7 +89,7 @@ def test_results_and_gradients(options, kinds, calls):
     layers[1].use_cudnn = "auto"  # "auto" keeps Keras from asking for a GPU
     for initial in ((), states(layers[0], dtype="float64")):
         compare(layers, draw(B, T, I, dtype="float64"), (1e-10, 1e-10) if FUSED else (1e-6, 1e-5), initial=initial)
-    assert len(calls) == 2
+    assert calls.call_count == 2
 
 
 @MASKED
@@ -104,7 +101,7 @@ def test_masks(mask, options, kinds, calls):
     dirty = x.masked_fill(~mask[:, :, None], torch.nan)
     for given, form in ((dirty, mask), (x, mask.int().numpy()), (x, mask[:, :, None])):
         close(run(layers[0], given, initial, mask=form), results, 0)
-    assert len(calls) == 4
+    assert calls.call_count == 4
 
 
 @MASKED_OR_NOT
@@ -122,9 +119,9 @@ def test_dropout_draws_what_keras_draws(options, looped, mask, kinds, calls):
     close(first[0], first[1], 1e-6)
     close(second[0], second[1], 1e-6)
     assert (first[0][0] - second[0][0]).abs().max() > 1e-2
-    assert len(calls) == (0 if looped else 2)
+    assert calls.call_count == (0 if looped else 2)
     close(*(one(x, mask=mask) for one in layers), 1e-6)
-    assert len(calls) == (1 if looped else 3)
+    assert calls.call_count == (1 if looped else 3)
 
 
 @MASKED_OR_NOT
@@ -157,7 +154,7 @@ def test_bidirectional_whatever_use_cudnn_is_which_reads_back_as_given(
     assert [one.use_cudnn for one in (ours.forward_layer, ours.backward_layer)] == [use_cudnn] * 2
     theirs.forward_layer.use_cudnn = theirs.backward_layer.use_cudnn = False  # Keras runs its loop
     compare((ours, theirs), draw(B, T, I), (1e-6, 1e-5), mask=mask)
-    assert len(calls) == 2
+    assert calls.call_count == 2
     if FUSED:
         asks = [getattr(one, f"_can_attempt_fused_{name}")(None) for one in (ours, pair(kinds, BOTH)[1])]
         assert asks == [False, True], "on a GPU cuDNN would run in our place"

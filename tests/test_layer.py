@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import built, call_of, check, with_random_parameters
+from cases import check, drawn
 from comparing import PLACES
 from pairs import assert_identical, letters_of, results
 from places import KERNELS, by_interpreter
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from gpu_lstm.execution import schedule
 from gpu_lstm.kernels import by_steps
@@ -39,7 +39,8 @@ ONCE = "ragged states peepholes"
 # work.
 MODULES = ("", "deep both ragged resets", "both batch-first states", "batch-first state both", "no-bias resets",
            "stack ragged states both", "deep packed batch-first resets", "both packed", "no-hx deep",
-           "layer states ragged both", "layer no-hx deep both", "stream deep no-hx")  # fmt: skip
+           "layer states ragged both", "layer no-hx deep both", "stream deep no-hx",
+           "stream stack batch-first", "stream resets", "stream stack resets batch-first")  # fmt: skip
 # The tables have pairs of options, not all combinations.
 # A line has places, a dtype, and rows. A row has the number of seeds, a size, and words. Small sizes, whose errors vary
 # more, have more seeds.
@@ -47,6 +48,8 @@ TABLE = [
     ("reference", F64, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states",
                         f"{MOST} masks", f"{OF_ALL} both masks", f"{OF_ALL} expected", OF_HH, f"{OF_C} both",
                         "norms stream peepholes", "dropout_h both ragged", "zoneout_h deep states", "expected state",
+                        "dropped_h deep both zoneout ragged resets", "weight_drop deep both masks",
+                        "dropout deep both ragged", "dropout stack masks states",
                         "zoneout_c both ragged resets", "stream expected deep", "deep both norms peepholes ragged",
                         "stack norm-hh-c peepholes no-bias both states",
                         "layer norms peepholes states both"),
@@ -59,14 +62,22 @@ TABLE = [
     ("reference", F64, (2, "6,4,5,5", "residual masks ragged", "residual masks state")),
     ("reference torch torch/two", F64, (1, "5,3,4,6", f"three-heads deep {MIX}", "heads stack both", "heads cell")),
     ("reference", F64, (1, "5,3,4,6", "heads states masks ragged", "heads layer deep", "heads stream")),
+    # Batches of no sequences.
+    *((places, dtype, (1, "3,0,2,4", "recompute", "deep both ragged resets", "residual ragged resets", "heads", "cell"),
+       (1, "3,0,2,4,2", "ragged resets")) for places, dtype in (("reference torch", F64), ("triton numba", F32))),
+    *((places, dtype, (1, "3,0,2,4", "peepholes norms masks ragged resets"))
+      for places, dtype in (("reference", F64), ("triton numba", F32))),
+    ("reference torch", F64, (2, "6,4,3,5", "weight_drop recompute", "weight_drop packed", "dropped_weights"),
+     (1, "6,4,5,5", *(f"dropped_layers {words}" for words in ("deep", "stack", "residual")))),
     ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES if "state" not in words)),
      (2, "6,4,3,5,2", MIX, "deep packed", "both no-bias resets"), (2, "1,1,1,3", MIX, "cell", "unbatched"),
      (2, "1,4,3,5", "deep both ragged", "batch-first ragged resets no-hx")),
     # The chosen plans, on a GPU too: steps of one sequence, and more than one tile of 16 sequences and of 32 units.
     ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "deep ragged resets"),
-     (2, "3,3,4,5", "layer ragged states both", "chunks reverse ragged states no-grad"),
+     (2, "3,3,4,5", "weight_drop recompute", "layer ragged states both", "chunks reverse ragged states no-grad"),
      (2, "3,4,3,33,7", MIX), (2, "3,3,3,9", f"{OF_ALL} both recompute", f"{MOST} masks recompute"),
-     (1, "4,3,3,4", "norms both ragged", "deep both masks peepholes"),
+     (1, "4,3,3,4", "norms both ragged", "deep both masks peepholes", "chunks masks deep no-grad", "dropout deep",
+      "stream deep batch-first", "stream resets no-hx"),
      (1, "4,18,3,40", "heads ragged resets both"), (1, "1,3,3,15", "three-heads")),
     ("triton", F16, (1, "4,5,8,40", MIX), (1, "4,3,4,20,7", f"{MOST} masks")),
     # Several programs with a grid-wide barrier: three tiles, four tiles, and two tiles of units.
@@ -108,14 +119,27 @@ TABLE = [
     # 4 sequences. Where torch computes in the middle of a step, it runs by steps.
     ("numba", F32, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states", OF_HH,
                     f"{OF_C} both", "norms stream peepholes", "zoneout_h deep states", "zoneout_c both ragged resets",
-                    "stream expected deep", "recompute both", "chunks deep states no-grad",
+                    "stream expected deep", "recompute both", "chunks deep states masks no-grad", "chunks no-grad",
+                    "chunks deep both expected ragged no-grad", "chunks norm-hh-c no-bias peepholes resets no-grad",
                     "chunks reverse ragged states no-grad"),
-     (2, "6,4,5,5", "residual ragged", "residual masks state"), (4, "1,1,3,1", "", MIX), (1, "1,9,3,7", "deep both"),
+     (2, "6,4,5,5", "residual ragged", "residual masks state", "residual dropped_h ragged", "residual dropout",
+      "dropout weight_drop deep both masks", "weight_drop recompute", "weight_drop packed", "dropped_layers residual"),
+     (1, "6,4,3,5,2", "dropout deep"), (4, "1,1,3,1", "", MIX),
+     (1, "1,9,3,7", "deep both"), (1, "6,4,3,5,2", "chunks both masks states no-grad"),
      (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched deep no-hx resets"),
      (1, "4,5,3,130", MIX, f"{ONCE} masks recompute", f"{OF_ALL} both masks"), (1, "3,9,16,260", "ragged resets"),
      (1, "3,5,3,260", "heads states masks ragged"), (1, "4,9,3,15", f"three-heads {MOST} expected", "three-heads cell"),
+     (1, "4,4,3,3", "three-heads"),  # heads of one unit
      (1, "4,5,3,9", f"{OF_ALL} both masks recompute", f"{OF_ALL} expected no-grad"),
-     (1, "3,5,3,130,7", f"layer {MIX}", "masks ragged recompute", "expected no-grad"), (1, "3,4,3,9,140", "masks")),
+     (1, "3,5,3,130,7", f"layer {MIX}", "masks ragged recompute", "expected no-grad"), (1, "3,4,3,9,140", "masks"),
+     # Past the longest sequence nothing is computed.
+     (1, "11,5,3,12", *(f"ragged {words}" for words in ("short both", "none both", "short four-heads", "none norms",
+                                                        "short norms no-grad"))),
+     # The loop multiplies x only where nothing else is in the gates: here W_hh h of the states is.
+     (1, "1,4,3,6", "ragged states no-grad"), (1, "5,4,3,6", "ragged states no-grad")),
+    # It computes half precision in float32.
+    *(("numba", dtype, (3, "9,5,3,8", "deep both", "packed", "ragged states", "norms peepholes", "expected", "no-grad",
+                        "residual", "cell", "recompute four-heads")) for dtype in (BF16, F16)),
     # The kernels in CUDA C++.
     ("cupy", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, "5,4,3,13,7", MIX, "ragged states"),
      (2, "5,3,4,6", f"{MIX} recompute", "no-hx", "reverse ragged", "no-grad both"),
@@ -150,9 +174,11 @@ SLSTMS = [
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets", "heads ragged resets")),
     ("cooperative/16/1/1", F16, (1, "3,3,3,33", f"three-heads {BACK}")),
     ("pointwise cupy", F32, (1, "3,3,3,9", BACK), (1, "3,3,3,15", f"three-heads {BACK}")),
-    ("numba", F32, (2, "4,4,3,8", f"deep heads {MIX}", "both packed no-hx", "layer no-bias", "stream deep",
+    ("numba", F32, (2, "4,4,3,8", f"deep heads {MIX}", "both packed no-hx", "layer no-bias", "stream deep resets",
                     "dropout_h both ragged", "no-grad no-hx"),
-     (1, "4,5,3,130", BACK), (1, "3,9,3,260", f"heads {BACK}"), (1, "4,1,3,15", "unbatched three-heads both")),
+     (1, "4,5,3,130", BACK), (1, "3,9,3,260", f"heads {BACK}"), (1, "4,1,3,15", "unbatched three-heads both"),
+     (1, "11,5,3,12", "heads ragged short", "ragged none")),
+    *(("numba", dtype, (3, "9,5,3,8", "heads")) for dtype in (BF16, F16)),
     ("cupy", F32, (1, "4,3,3,15", "no-grad no-hx")),
     ("cupy", F16, (1, "4,5,3,130", MIX)),
 ]  # fmt: skip
@@ -287,22 +313,16 @@ def test_larger_sizes_in_cuda(size, words, dtype):
 ])  # fmt: skip
 def test_second_derivatives_by_finite_differences(backend, size, words):
     module, (x, hx, rest) = everywhere(backend, words, F64, size)
-    names, parameters = zip(*module.train("expected" not in words).named_parameters())
-    like, states = rest.pop("reset_states", None), tree_leaves(hx)
-    left = [] if like is None else tree_leaves(like)
+    states = dict(hx=hx) | {name: rest.pop(name) for name in ("reset_states",) if name in rest}
+    leaves, form = tree_flatten((dict(module.named_parameters()), states))
 
-    def call(x, *tensors):
+    def call(x, *leaves):
         torch.manual_seed(0)  # so that each call draws the same masks
-        parts = [list(part) for part in (tensors[: len(states)], tensors[len(states) :])]
-        given, left = dict(zip(names, parts[1])), parts[1][len(names) :]
-        options = rest | (dict(reset_states=of_user(like, left)) if left else {})
-        y, found = torch.func.functional_call(module, given, (x, of_user(hx, parts[0])), options)
+        parameters, states = tree_unflatten(leaves, form)
+        y, found = torch.func.functional_call(module, parameters, (x,), rest | states)
         return y, *tree_leaves(found)
 
-    def of_user(like, leaves):
-        return leaves[0] if isinstance(like, torch.Tensor) else tuple(leaves)
-
-    inputs = [t.detach().double().requires_grad_() for t in (x, *states, *parameters, *left)]
+    inputs = [t.detach().double().requires_grad_() for t in (x, *leaves)]
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
@@ -325,11 +345,14 @@ EVERYWHERE = [
 ]  # fmt: skip
 
 
+PAST_THE_LONGEST = "short states both", "none states both", "gru short both", "short norms", "short states four-heads"
+
+
 def everywhere(place, words, dtype, size):
-    named, backend = set(words.split()), KERNELS[place].backend
+    backend = KERNELS[place].backend
     where = PLACES.get(backend, dict(device="cpu")) | ({} if dtype is None else dict(dtype=dtype))
-    module = with_random_parameters(built(size, named, backend=backend), 0).to(**where)
-    return module, call_of(module, size, named, 0)
+    module, call = drawn(size, words, backend=backend)
+    return module.to(**where), call
 
 
 def nan_or_inf(t: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -340,6 +363,7 @@ def nan_or_inf(t: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 @fresh_memory_is_nan
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in Triton's interpreter
 @pytest.mark.parametrize(("place", "words", "dtype"), [*EVERYWHERE, ("torch", "residual", None),
+                                                       *(("numba", words, None) for words in PAST_THE_LONGEST),
                                                        ("reference", "residual resets", None)])  # fmt: skip
 def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, words, dtype):
     """NaN and infinity stand there, also in the gradient of the output. The bits are the same, also without gradients,

@@ -12,7 +12,7 @@ import oracle
 import pytest
 import test_gpu
 import torch
-from cases import arrays_of, built, call_of, with_random_parameters
+from cases import arrays_of, drawn
 from places import KERNELS, by_interpreter
 from standing_in import H100
 from torch.utils._pytree import tree_leaves
@@ -49,9 +49,8 @@ def results(seed, kind=np.ndarray):
     """Return the results of all cases, in arrays of `kind`."""
     found = {}
     for size, words in CASES:
-        module = with_random_parameters(built(size, named := {*words.split()}), seed).train("expected" not in named)
-        call = call_of(module, size, named, seed)
-        found |= {f"{words}, {name}": t for name, t in arrays_of(module, call, named, seed, kind).items()}
+        arrays = arrays_of(*drawn(size, words, seed), {*words.split()}, seed, kind)
+        found |= {f"{words}, {name}": t for name, t in arrays.items()}
     return found
 
 

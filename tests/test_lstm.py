@@ -1,14 +1,11 @@
-"""LSTM and GRU, their cells and stacks compute the results, gradients and dtypes of torch's modules. With lengths and
-resets they agree with the NumPy oracle on every backend."""
+"""LSTM and GRU, their cells and stacks compute the results, gradients and dtypes of torch's modules, also with dropout
+and in half precision. test_layer.py compares them with the NumPy oracle."""
 
 import itertools
 
 import pytest
 import torch
-from cases import check
-from comparing import PLACES, assert_same, both_kinds, every_backend
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from comparing import assert_same, both_kinds, every_backend
 from pairs import RAGGED, B, H, I, T, assert_alike, pair, random_inputs, results, truth
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -23,18 +20,6 @@ OFF_ON = (False, True)
 def moved(module, *inputs):
     """Return inputs where the module is, in its dtype."""
     return tree_map_only(torch.Tensor, lambda t: t.to(next(module.parameters())), inputs)
-
-
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@both_kinds
-@pytest.mark.parametrize("lengths", [[4, 2, 1], [2, 1, 4]], ids=["sorted", "not sorted"])
-def test_a_packed_sequence_is_packed_as_torchs(backend, kind, lengths):
-    """The sizes and indices of its batches are compared here. test_layer.py compares numbers and gradients."""
-    theirs, ours = pair(kind, backend, num_layers=2, batch_first=True)
-    x = random_inputs(theirs, B)[0].double()
-    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=lengths[0] == 4)
-    for our, their in zip(*(module(packed)[0][1:] for module in (ours, theirs))):
-        assert their is our is None or torch.equal(our, their)
 
 
 @every_backend
@@ -104,59 +89,10 @@ def test_dropout_with_the_same_seed_gives_the_numbers_of_torch(kind):
     assert not torch.equal(output(ours, packed, True), output(ours, packed, True, seed=6))
 
 
-@every_backend
-def test_dropout_of_everything_leaves_the_second_layer_without_input(backend):
-    """A residual connection adds its input before dropout, so the sum is dropped, too."""
-    chain, stack = pair("StackedLSTM", backend, hidden_sizes=[3, 3])
-    residual = gpu_lstm.StackedLSTM(3, [3, 3], residual=True, backend=backend, **PLACES[backend])
-    residual.load_state_dict(stack.state_dict())
-    x, _ = random_inputs(chain, B)
-    h = chain.layers[0](x.double())[0][-1]
-    expected = dict(output=chain.layers[1](torch.zeros(T, B, 3).double())[0].detach(), h=h.detach())
-    for module in (stack, residual):
-        module.dropout = 1.0
-        output, states = module(*moved(module, x))
-        assert_same(dict(output=output.detach(), h=states[0][0].detach()), expected)
-    # This rate drops nearly everything. The mask is drawn for the features of the projection.
-    theirs, projected = pair("LSTM", backend, num_layers=2, proj_size=2, dropout=1 - 2**-30)
-    found, wanted = (module(*moved(module, x))[0].detach() for module in (projected, theirs))
-    assert_same(dict(output=found), dict(output=wanted))
-
-
 def test_under_autocast_without_gradients_dtypes_may_differ():
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         layer = lstm_layer(torch.ones(T, B, I).bfloat16(), [torch.ones(4 * H, n) for n in (I, H)])
     assert {t.dtype for t in tree_leaves(layer)} == {torch.bfloat16}
-
-
-@st.composite
-def problems(draw, longest, most, left):
-    """Draw a size, words of cases.py and a seed. With `left` resets may have given states instead of zeros."""
-    hidden, some = draw(st.integers(1, 4)), st.booleans()
-    words = [word for word in ("no-bias", "batch-first", "both", "no-hx") if draw(some)]
-    form, steps = draw(st.sampled_from(["", "packed", "unbatched"])), draw(st.integers(1, longest))
-    batch = 1 if form == "unbatched" else draw(st.integers(1, most))
-    size = steps, batch, draw(st.integers(1, 3)), hidden
-    words += ["gru"] * draw(some)
-    if draw(st.integers(0, 2)):
-        size += tuple({draw(st.integers(0, hidden - 1))} - {0}) if "gru" not in words else ()
-        words += ["deep"] * draw(some)
-    else:
-        words.append(draw(st.sampled_from(["stack", "residual"])))
-    words += [form, draw(st.sampled_from(["", "resets", *["state", "states"] * left]))]
-    words += ["ragged"] * (form != "packed" and draw(some))
-    return size, " ".join(words), draw(st.integers(0, 2**16))
-
-
-@every_backend
-def test_any_problem_gives_the_numbers_of_the_oracle(backend):
-    @settings(max_examples=30, deadline=None, derandomize=True)
-    @given(problem=problems(4, 4, left=backend != "torch"))
-    def checked(problem):
-        size, words, seed = problem
-        check(size, words, backend, PLACES[backend]["dtype"], PLACES[backend]["device"], seeds=1, first_seed=seed)
-
-    checked()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -3,12 +3,13 @@
 import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-from cases import built, call_of, check, with_random_parameters
+from cases import built, check, drawn
+from pairs import assert_identical, pair, random_inputs, results
 from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
@@ -18,10 +19,18 @@ from gpu_lstm.kernels import cache, numba_rnn
 from gpu_lstm.kernels.numba_rnn import build, launch
 from gpu_lstm.verification import verify
 
-numba = pytest.importorskip("numba")
+pytest.importorskip("numba")
 
 
-F32 = np.finfo(np.float32)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "SLSTM"])
+def test_an_empty_batch_is_raced_too(nothing_cached, kind):
+    """The loops are compiled by then, so auto races every kind of call."""
+    module, x = getattr(gpu_lstm, kind)(3, 6), torch.zeros(20, 0, 3)
+    with gpu_lstm.backend("numba"):
+        module(x)
+    y, _ = module(x)
+    assert y.shape == (20, 0, 6)
+    y.sum().backward()
 
 
 @pytest.mark.parametrize("winner", ["numba", "torch"])
@@ -45,9 +54,8 @@ def test_a_kind_of_call_is_raced_once(monkeypatch, nothing_cached, winner, train
     assert raced.call_count == len([*cache.entries(cache.RACES)]) == 2
 
 
-def test_a_short_call_does_without_loops_that_are_not_compiled(monkeypatch, nothing_cached):
-    raced = Mock(side_effect=race.race)
-    monkeypatch.setattr(race, "race", raced)
+def test_a_short_call_does_without_loops_that_are_not_compiled(monkeypatch, spy, nothing_cached):
+    raced = spy(race, "race")
     gru, x = gpu_lstm.GRU(3, 6), torch.randn(8, 2, 3)
     with monkeypatch.context() as patch:
         patch.setattr(numba_rnn, "is_compiled", lambda *_: False)
@@ -77,21 +85,20 @@ def module_and_call(monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["OpenMP", "pool"])
-def test_threads_compute_the_same_numbers(way, module_and_call, monkeypatch):
+def test_threads_compute_the_same_numbers(way, module_and_call, monkeypatch, calls):
     module, x, rest = module_and_call
-    alone, counts = run(module, x, **rest), []
+    alone = run(module, x, **rest)
     if way == "pool":
         monkeypatch.setattr(build, "parallel", lambda: None)
     elif build.parallel() is None:
         pytest.skip("torch does not use GNU's OpenMP here")
-    run_in = build.run
-    monkeypatch.setattr(build, "run", lambda f, a, count: (counts.append(count), run_in(f, a, count)))
     for count in (2, 3, 4):
         torch.set_num_threads(count)
+        calls.reset_mock()
         for ours, expected in zip(run(module, x, **rest), alone):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)  # torch's own products may differ
-        assert set(counts) == {1, min(count, 14 // 4)}  # one thread makes the panels of a weight
-        counts.clear()
+        # One thread makes the panels of a weight.
+        assert {each.args[2] for each in calls.call_args_list} == {1, min(count, 14 // 4)}
 
 
 def test_calls_in_threads_at_once(module_and_call):
@@ -105,8 +112,8 @@ def test_calls_in_threads_at_once(module_and_call):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU, gpu_lstm.SLSTM])
 def test_bits_depend_on_neither_batch_nor_threads(module_and_call, cls, heads):
-    """Sizes fill no vector, one panel, and several. One step has no panels, and is tested, too."""
-    for inputs, hidden in ((3, 6), (17, 34), (40, 66)):
+    """Sizes fill no vector, one panel, and several. Some sums are divided. One step, without panels, is tested, too."""
+    for inputs, hidden in ((3, 6), (17, 34), (150, 66)):
         for steps_, rest in ((1, {}), (11, {}), (11, dict(lengths=torch.arange(9) + 3))):
             module, x = cls(inputs, hidden, heads=heads, backend="numba"), torch.randn(steps_, 9, inputs)
             with torch.no_grad():
@@ -120,75 +127,43 @@ def test_bits_depend_on_neither_batch_nor_threads(module_and_call, cls, heads):
                     assert torch.equal(alone, whole[:, b : b + 1])
 
 
-def in_float64(module):
-    """The same module by the reference in float64."""
-    wide = copy.deepcopy(module).double()
-    wide.backend = "reference"
-    return wide
+@pytest.fixture
+def calls(spy):
+    """A Mock that makes and records the calls of compiled functions."""
+    return spy(build, "run")
 
 
-def run_like(module, x, **rest):
-    """`run`, and an inference."""
+@pytest.mark.parametrize(("kind", "options", "layers"), [
+    ("LSTM", dict(num_layers=2), 2), ("GRU", dict(input_size=17, num_layers=2, bias=False, batch_first=True), 2),
+    ("LSTMCell", {}, 1), ("GRUCell", {}, 1), ("SLSTM heads", {}, 1), ("StackedGRU", {}, 2),
+    ("LSTM", dict(bidirectional=True), 2),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("steps", [1, 5])
+def test_few_steps_are_one_call_of_a_compiled_function_a_layer(calls, kind, options, layers, steps):
+    theirs, ours = pair(kind, "numba", **options)
+    x, _ = random_inputs(ours, 2, steps=steps)
     with torch.no_grad():
-        y = module(x, **rest)[0]
-    return y, *run(module, x, **rest)
+        ours(x)  # which may compile
+        calls.reset_mock()
+        states = [None, None]
+        for _ in range(3):
+            found = [module(given, hx) for module, given, hx in zip((ours, theirs), (x, x.double()), states)]
+            states = found if "Cell" in kind else [hx for _, hx in found]
+            for our, their in zip(*map(tree_leaves, found)):
+                torch.testing.assert_close(our, their.float())
+            if "Cell" not in kind:
+                found[0][0].fill_(torch.nan)  # which changes no state
+    assert calls.call_count == 3 * layers
 
 
-@pytest.mark.usefixtures("nan_in_fresh_memory")
-@pytest.mark.parametrize("lengths", [[6, 6, 5, 2, 0], [0, 3, 6, 1, 0], [0] * 5], ids=["sorted", "unsorted", "empty"])
-@pytest.mark.parametrize("words", ["both", "gru both", "slstm heads", "masks both", "norms", "four-heads both"])
-def test_past_the_longest_sequence_all_is_zero_and_nothing_is_computed(words, lengths):
-    """Results and gradients, also those of padding, are compared with the float64 reference."""
-    module = with_random_parameters(built((11, 5, 3, 12), {*words.split()}, backend="numba"), 0)
-    x, rest = torch.randn(11, 5, 3), dict(lengths=torch.tensor(lengths))
-    if "masks" in words:
-        module.eval()  # without noise, which the two dtypes would not draw alike
-    expected = run_like(in_float64(module), x.double(), **rest)
-    x[6:] = torch.nan  # as padding may be
-    for found, true in zip(run_like(module, x, **rest), expected):
-        torch.testing.assert_close(found, true.float(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("words", ["", "gru"])
-def test_an_inference_that_resets_to_given_states(words):
-    """The loop multiplies x only where nothing else is in the gates: here W_hh h of the states is."""
-    for steps_ in (1, 5):
-        check((steps_, 4, 3, 6), f"{words} ragged states no-grad", "numba", torch.float32, seeds=1)
-
-
-@pytest.mark.parametrize("build_", [
-    lambda: (gpu_lstm.LSTM(3, 20, 2), torch.nn.LSTM(3, 20, 2)),
-    lambda: (gpu_lstm.GRU(3, 20, 2), torch.nn.GRU(3, 20, 2)),
-    lambda: (gpu_lstm.LSTM(3, 20, bidirectional=True), torch.nn.LSTM(3, 20, bidirectional=True)),
-    lambda: (gpu_lstm.GRU(17, 5, bias=False, batch_first=True), torch.nn.GRU(17, 5, bias=False, batch_first=True)),
-    lambda: (gpu_lstm.LSTMCell(3, 20), torch.nn.LSTMCell(3, 20)),
-    lambda: (gpu_lstm.GRUCell(3, 20), torch.nn.GRUCell(3, 20)),
-    lambda: (gpu_lstm.SLSTM(3, 20, heads=2), gpu_lstm.SLSTM(3, 20, heads=2, backend="reference")),
-    lambda: (gpu_lstm.StackedGRU(3, [8, 5]), gpu_lstm.StackedGRU(3, [8, 5], backend="reference")),
-])  # fmt: skip
-@pytest.mark.parametrize("steps_", [1, 5])
-def test_a_few_steps_are_one_call_of_a_compiled_function_a_layer(monkeypatch, build_, steps_):
-    (ours, theirs), calls = build_(), []
-    theirs.load_state_dict(ours.state_dict())
-    ours.backend = "numba"
-    is_cell = isinstance(ours, torch.nn.RNNCellBase)
-    x = (
-        torch.randn(2, ours.input_size)
-        if is_cell
-        else torch.randn(*([2, steps_] if ours.batch_first else [steps_, 2]), ours.input_size)
-    )
+def test_the_error_of_a_long_sum_is_at_most_twice_the_error_of_the_reference():
+    """A call of one sequence, for which torch's own products have their smallest errors."""
+    module, x, y = gpu_lstm.SLSTM(512, 512, heads=4), torch.randn(16, 1, 512), {}
     with torch.no_grad():
-        found = expected = ours(x)  # which may compile
-        run_in = build.run
-        monkeypatch.setattr(build, "run", lambda *given: (calls.append(given), run_in(*given)))
-        for n in range(3):
-            states = (None, None) if n == 0 else (found, expected) if is_cell else (found[1], expected[1])
-            found, expected = ours(x, states[0]), theirs(x, states[1])
-            torch.testing.assert_close(found, expected)
-            if not is_cell:
-                found[0].fill_(torch.nan)  # which changes no state
-    layers = 1 if is_cell else getattr(ours, "num_layers", 2) * (1 + ours.bidirectional)
-    assert len(calls) == 3 * layers
+        true = copy.deepcopy(module).double()(x.double())[0]
+        for module.backend in ("numba", "reference"):
+            y[module.backend] = (module(x)[0] - true).norm()
+    assert y["numba"] <= 2 * y["reference"]
 
 
 @pytest.mark.usefixtures("nan_in_fresh_memory")
@@ -198,19 +173,17 @@ def test_a_few_steps_are_one_call_of_a_compiled_function_a_layer(monkeypatch, bu
     ("gru both deep", 4), ("ragged resets both", 2), ("slstm ragged resets", 1), ("gru ragged three-heads deep", 2),
 ])  # fmt: skip
 @pytest.mark.parametrize("batch", [1, 9])  # 9 sequences are shared out to two threads
-def test_an_inference_is_one_call_of_a_loop_for_each_layer(monkeypatch, steps_, words, layers, batch):
+def test_an_inference_is_one_call_of_a_loop_for_each_layer(calls, monkeypatch, steps_, words, layers, batch):
     """One more call copies the weights into panels, if there are more than a few steps."""
     monkeypatch.setattr(launch, "LEAST", 1)
     size, words = (steps_, batch, 17, 24), f"{words} no-grad"
     for _ in range(2):  # the first call prepares the layers
         check(size, words, "numba", torch.float32, seeds=1)
-    module = built(size, {*words.split()}, backend="numba")
-    x, hx, rest = call_of(module, size, {*words.split()}, 0)
-    run_in, calls = build.run, []
-    monkeypatch.setattr(build, "run", lambda *given: (calls.append(given), run_in(*given)))
+    module, (x, hx, rest) = drawn(size, words, backend="numba")
+    calls.reset_mock()
     with torch.no_grad():
         module(x, hx, **rest)
-    assert len(calls) == layers * (1 if steps_ <= launch.FEW_STEPS else 2)
+    assert calls.call_count == layers * (1 if steps_ <= launch.FEW_STEPS else 2)
 
 
 def test_torch_profiler_names_the_layers_of_an_inference():
@@ -222,13 +195,23 @@ def test_torch_profiler_names_the_layers_of_an_inference():
 
 
 @pytest.mark.parametrize("words", ["norms", "norm-hh", "norm-c", "masks peepholes"])
-def test_all_steps_of_a_variant_are_one_call_of_a_loop(monkeypatch, words):
+def test_all_steps_of_a_variant_are_one_call_of_a_loop(calls, words):
     module, x = built((7, 5, 3, 12), {*words.split()}, backend="numba"), torch.randn(7, 5, 3)
     run(module, x)  # which compiles and verifies
-    calls, run_in = [], build.run
-    monkeypatch.setattr(build, "run", lambda *given: (calls.append(given), run_in(*given)))
+    calls.reset_mock()
     run(module, x)
-    assert len(calls) == 3  # the second one copies W_hh into panels for the backward pass
+    assert calls.call_count == 3  # the second one copies W_hh into panels for the backward pass
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_an_inference_normalises_the_product_with_x(steps):
+    """This layer norm is outside the time loop, so a loop that multiplies x itself would leave it out."""
+    ours = gpu_lstm.LSTM(3, 6, layer_norm=("ih",), backend="numba")
+    theirs, x = copy.deepcopy(ours), torch.randn(steps, 2, 3)
+    theirs.backend = "reference"
+    with torch.no_grad():
+        for _ in range(2):  # the first call prepares the layer
+            torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_what_it_does_not_run_is_refused_by_name_and_never_chosen():
@@ -241,59 +224,31 @@ def test_what_it_does_not_run_is_refused_by_name_and_never_chosen():
     assert str(refused) == "backend 'numba' runs on CPU tensors, got cuda:0"
 
 
-@pytest.mark.parametrize("words", [
-    "", "gru deep both", "ragged resets states", "gru packed", "slstm heads", "norms peepholes", "expected", "no-grad",
-    "gru residual", "cell", "recompute four-heads"])  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(words, dtype):
-    """Errors are at most twice those of torch's own, or of the reference, in the same dtype."""
-    check((9, 5, 3, 8), words, "numba", dtype)
-
-
-def bits(t):
-    return t.dtype, t.float().tolist()
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("words", ["deep", "gru", "slstm", "masks", "norms", "stack", "ragged packed", "projected"])
 def test_half_precision_has_the_dtypes_of_the_reference_in_every_kind_of_route(words, autocast):
     """The noise of a seed is the same, too. A graph of torch.compile computes the same bits."""
-    dtype, given = torch.bfloat16, {*words.split()}
-    size = (9, 5, 3, 6, *[2] * ("projected" in given))  # T, B, I, H, P
-    ours = with_random_parameters(built(size, given, backend="numba"), 0)
-    if not autocast:
-        ours.to(dtype)
+    dtype, size = torch.bfloat16, (9, 5, 3, 6, *[2] * ("projected" in words))  # T, B, I, H, P
+    ours, (x, hx, rest) = drawn(size, words, backend="numba")
+    ours.to(torch.float32 if autocast else dtype)
     (theirs := copy.deepcopy(ours)).backend = "reference"
-    x, hx, rest = call_of(ours, size, given, 0)
-    x, hx = x.to(dtype).requires_grad_(), hx if autocast else None
 
     def results_of(call, module):
-        torch.manual_seed(0)
-        with torch.autocast("cpu", dtype, enabled=autocast):
-            y, states = call(x, hx, **rest)
-        gradients = torch.autograd.grad(y.float().square().sum(), [x, *module.parameters()])
-        with torch.autocast("cpu", dtype, enabled=autocast), torch.no_grad():
-            return tree_leaves((y, states, gradients, call(x, hx, **rest)))
+        given = partial(results, module, x, hx, call=torch.autocast("cpu", dtype, enabled=autocast)(call), **rest)
+        found = given()
+        with torch.no_grad():
+            return found | {f"{name} alone": t for name, t in given().items()}
 
     found, expected = results_of(ours, ours), results_of(theirs, theirs)
-    assert [t.dtype for t in found] == [t.dtype for t in expected]
-    for our, their in zip(found, expected):
-        scale = float(their.abs().max())
-        torch.testing.assert_close(our.float(), their.float(), rtol=0, atol=0.05 * scale)
+    assert [t.dtype for t in found.values()] == [t.dtype for t in expected.values()]
+    for name, their in expected.items():
+        torch.testing.assert_close(found[name].float(), their.float(), rtol=0, atol=0.05 * float(their.abs().max()))
     torch._dynamo.reset()
-    compiled = results_of(torch.compile(ours, backend="eager"), ours)
-    assert [*map(bits, compiled)] == [*map(bits, found)]
+    assert_identical(results_of(torch.compile(ours, backend="eager"), ours), found)
 
 
-def test_a_float32_c_beside_half_precision_is_not_rounded():
-    lstm = gpu_lstm.LSTM(3, 4, backend="numba").bfloat16()
-    h, c = torch.zeros(1, 2, 4, dtype=torch.bfloat16), torch.rand(1, 2, 4)
-    assert torch.equal(lstm(torch.zeros(9, 2, 3).bfloat16(), (h, c), lengths=torch.tensor([0, 0]))[1][1], c)
-
-
-def test_auto_races_the_loops_in_half_precision(monkeypatch, nothing_cached):
-    raced = Mock(side_effect=race.race)
-    monkeypatch.setattr(race, "race", raced)
+def test_auto_races_the_loops_in_half_precision(spy, nothing_cached):
+    raced = spy(race, "race")
     gru, x = gpu_lstm.GRU(3, 6), torch.randn(20, 2, 3)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         y, _ = gru(x.bfloat16())

@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Callable
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-from cases import built, call_of, check, with_random_parameters
+from cases import check, drawn
 from pairs import results
 
 import gpu_lstm
@@ -18,11 +17,7 @@ from gpu_lstm.kernels.numba_rnn import build, launch
 from gpu_lstm.kernels.numba_rnn.equations import GRU, LSTM
 from gpu_lstm.verification import verify
 
-numba = pytest.importorskip("numba")
-
-
-F32 = np.finfo(np.float32)
-
+pytest.importorskip("numba")
 
 # Planted faults: a loop is given wrong sizes or addresses. Verification finds each, and `auto` uses another backend.
 
@@ -79,11 +74,10 @@ def one_further(name: str) -> Callable:
     (compiled(lambda name: lambda address: None), "gru", "RMS"),  # computes nothing
     (compiled(Mock(side_effect=RuntimeError("no compiler"))), "gru", "no compiler"),
 ])  # fmt: skip
-def test_a_loop_that_is_wrong_runs_nothing(monkeypatch, plant, words, said):
+def test_a_loop_that_is_wrong_runs_nothing(monkeypatch, spy, plant, words, said):
     """One warning says so, and there is no second trial; asked for by name it raises."""
     plant(monkeypatch)
-    verdicts = Mock(side_effect=verify._verdict)
-    monkeypatch.setattr(verify, "_verdict", verdicts)
+    verdicts = spy(verify, "_verdict")
     with pytest.warns(UserWarning, match=f"'auto' uses '(torch|reference)' for .*: .*{said}") as warned:
         check(SIZE, words, None, torch.float32, seeds=1)
     assert len([each for each in warned if "'auto' uses" in str(each.message)]) == 1
@@ -91,8 +85,7 @@ def test_a_loop_that_is_wrong_runs_nothing(monkeypatch, plant, words, said):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "gpu_lstm")
         check(SIZE, words, None, torch.float32, seeds=1)
-    module = with_random_parameters(built(SIZE, {*words.split()}), 0)
-    x, hx, rest = call_of(module, SIZE, {*words.split()}, 0)
+    module, (x, hx, rest) = drawn(SIZE, words)
     assert gpu_lstm.explain(module, x, **rest).others["numba"].startswith("the kernels fail: ")
     assert verdicts.call_count == asked
     module.backend = "numba"
@@ -126,11 +119,8 @@ def test_a_trial_of_inference_finds_faults_of_both_products(monkeypatch, of_pane
 @pytest.mark.parametrize("words", ["norms", "norms expected", "norms masks ragged resets", "norm-c zoneout"])
 def test_a_right_loop_of_few_units_is_not_refused_where_terms_cancel(words, hidden):
     """The gradient of LN(c) of one unit is rounding alone."""
-    module, x = built((4, 3, 3, hidden), {*words.split()}, backend="numba"), torch.randn(4, 3, 3, requires_grad=True)
-    call = call_of(
-        with_random_parameters(module.train("expected" not in words), 0), (4, 3, 3, hidden), {*words.split()}, 0
-    )
-    output, (h, _) = module(x, call.hx, **call.rest)
+    module, (x, hx, rest) = drawn((4, 3, 3, hidden), words, backend="numba")
+    output, (h, _) = module(x.requires_grad_(), hx, **rest)
     for given in ((output,), (h,), (output, h)):
         torch.autograd.grad(given, x, [torch.ones_like(t) for t in given], retain_graph=True)
     assert {verdict for *_, verdict in cache.entries(cache.CHECKS)} == {"right"}
@@ -145,9 +135,7 @@ def test_a_right_loop_of_few_units_is_not_refused_where_terms_cancel(words, hidd
 ])  # fmt: skip
 def test_a_fault_in_few_units_is_found(monkeypatch, plant, words, hidden):
     plant(monkeypatch)
-    size = 4, 3, 3, hidden
-    module = with_random_parameters(built(size, {*words.split()}, backend="numba"), 0)
-    x, hx, rest = call_of(module, size, {*words.split()}, 0)
+    module, (x, hx, rest) = drawn((4, 3, 3, hidden), words, backend="numba")
     with pytest.warns(UserWarning, match="failed its verification"), pytest.raises(RuntimeError, match="RMS"):
         results(module, x, hx, **rest)
 
@@ -160,9 +148,9 @@ def test_a_backward_pass_whose_loop_is_refused_runs_by_the_reference(monkeypatch
     real = verify._verdict
     verdicts = Mock(side_effect=lambda *a: "planted" if a[1].backward and a[1].dh_n else real(*a))
     monkeypatch.setattr(verify, "_verdict", verdicts)
-    module = with_random_parameters(built(SIZE, {*words.split()} or {"norms"}), 0)
-    expected = copy.deepcopy(module)
-    expected.backend, x = "reference", call_of(module, SIZE, {"no-hx"}, 0).x.requires_grad_()
+    module, (x, *_) = drawn(SIZE, words or "norms")
+    expected, x = copy.deepcopy(module), x.requires_grad_()
+    expected.backend = "reference"
 
     def gradients(module):
         output, states = module(x)

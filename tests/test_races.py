@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
+from gpu_lstm.backends import torch_rnn
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import race, route, stopwatch
@@ -94,17 +95,17 @@ def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, traini
 
 
 @pytest.mark.parametrize(("training", "of_input"), [(True, True), (True, False), (False, True)])
-def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch, training, of_input):
+def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, spy, training, of_input):
     """Weights and the input want gradients where those of the call do. Otherwise time would go into products that
     nobody needs."""
-    monkeypatch.setattr(race, "execute", Mock(side_effect=race.execute))
+    execute = spy(race, "execute")
     stubbed()
     lstm, x = gpu_lstm.LSTM(4, 5, 2, dropout=0.5), torch.zeros(1, 1, 4, requires_grad=of_input)
     before = [p.clone() for p in lstm.parameters()]
     with torch.set_grad_enabled(training):
         call, random = _call(lstm, x), torch.get_rng_state()
         race.decide(call, kind_of(call), Backend.TRITON)
-    samples = [each.args[1] for each in race.execute.call_args_list]
+    samples = [each.args[1] for each in execute.call_args_list]
     asked = {(call.x.requires_grad, call.weights[0][0].weight_hh.requires_grad) for call in samples}
     assert torch.equal(torch.get_rng_state(), random)
     assert asked == {(training and of_input, training)}
@@ -112,14 +113,13 @@ def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch
     assert all(map(torch.equal, lstm.parameters(), before))
 
 
-def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch):
+def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch, spy):
     """The race has the lengths and resets of these steps. With longer ones the kernels would fail, and lose."""
     monkeypatch.setattr(race, "LONGEST", 2)
-    monkeypatch.setattr(race, "execute", Mock(side_effect=race.execute))
-    ran, resets = stubbed(), torch.rand(3, 3) < 0.5
+    ran, execute, resets = stubbed(), spy(race, "execute"), torch.rand(3, 3) < 0.5
     LSTM(INPUT, lengths=torch.tensor([3, 0, 1]), resets=resets)
     assert ran == ["race", "triton", "torch"]
-    for _, sample in (each.args for each in race.execute.call_args_list):
+    for _, sample in (each.args for each in execute.call_args_list):
         assert (sample.steps, sample.x.shape, sample.traversal.lengths.tolist()) == (2, (2, 3, 4), [2, 0, 1])
         assert torch.equal(sample.traversal.resets, resets[:2])
 
@@ -227,7 +227,7 @@ def layers_of(monkeypatch, plan):
     ("resident", 1, {}, "triton"), ("cooperative", 1, {}, "triton"), ("cooperative", 2, {}, "torch"),
     ("step", 1, {}, "torch"), ("step held", 1, {}, "triton"), ("step held", 2, {}, "torch"),
     ("pointwise", 1, {}, "torch"), ("step", 1, dict(lengths=torch.int64), "triton"), ("step", 1, RESETS, "triton"),
-    ("step", 1, dict(projected=3), "triton"), ("step", 1, dict(feature="zoneout"), "triton"),
+    ("step", 1, dict(projected=3), "triton"), ("step", 1, dict(torch_lacks="zoneout"), "triton"),
     ("", 1, {}, "torch"), ("", 1, RESETS, "cupy"),
 ])  # fmt: skip
 def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, winner):
@@ -237,8 +237,8 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
     asked = layers_of(monkeypatch, lambda problem: plan)
     kind = kind_of(_call(gpu_lstm.LSTM(4, 5, bidirectional=True)))
     changes = {**options}
-    feature = changes.pop("feature", None)
-    kind = kind._replace(feature=feature, problems=tuple(p._replace(**changes) for p in kind.problems))
+    lacks = changes.pop("torch_lacks", None)
+    kind = kind._replace(torch_lacks=lacks, problems=tuple(p._replace(**changes) for p in kind.problems))
     able = Backend.TRITON if family else Backend.CUPY
     assert race.expected_winner(kind, able, INPUT.device).backend.value == winner
     assert [(problem.hidden, problem.side_by_side) for problem in asked] in ([(5, 2)], [])
@@ -281,13 +281,18 @@ def test_a_cached_race_that_lies_is_ignored_with_one_line():
     assert race._cached(kind, Backend.TRITON, INPUT.device, choices.Racing.ON).backend is Backend.TORCH
 
 
-def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, monkeypatch):
+@pytest.mark.parametrize("on_card", [False, True])
+def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, monkeypatch, on_card):
     """A race is of fewer steps, and torch would win it. torch runs 65,535 steps, which have a route of their own. Both
-    65,535 and 65,536 steps are rounded up to 65,536, and the key of a route does that in its own way."""
+    65,535 and 65,536 steps are rounded up to 65,536, and the key of a route does that in its own way. On a CPU torch
+    runs any number of steps."""
+    if on_card:
+        monkeypatch.setattr(torch_rnn, "too_long", lambda x, steps: steps > torch_rnn.MOST_STEPS)
     monkeypatch.setattr(race, "LONGEST", 3)  # the interpreter is slow
     stubbed(triton=2e-3, torch=1e-3)
     calls = [_call(x=torch.zeros(steps, 1, 4)) for steps in (65_535, 65_536, 65_535, 70_000)]
-    assert [route.route_of(call).backend.value for call in calls] == ["torch", "triton", "torch", "triton"]
+    others = "triton" if on_card else "torch"
+    assert [route.route_of(call).backend.value for call in calls] == ["torch", others, "torch", others]
 
 
 def test_a_part_of_a_card_is_another_card(monkeypatch):

@@ -5,35 +5,39 @@ from functools import cache, partial
 
 import pytest
 import torch
+from cases import FORMS, drawn
 from comparing import BACKENDS, PLACES
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import BaseTorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
-from gpu_lstm.functional import lstm_layer
 
-T, B, I, H = 3, 2, 3, 4
-LENGTHS = torch.tensor([1, 3])
-RESETS = torch.tensor([[1, 0], [0, 1], [0, 0]]).bool()
+LENGTHS, RESETS = torch.tensor([1, 3]), torch.tensor([[1, 0], [0, 1], [0, 0]]).bool()
+SIZE = T, B, I, H = 3, 2, 3, 4
+CALLS = [  # sizes, and words of cases.py
+    *((SIZE, words) for words in (
+        "deep both no-hx", "residual batch-first both ragged", "deep both packed no-hx", "packed resets",
+        "deep both ragged resets", "state", "masks norms peepholes packed", "cell", "cell no-hx", "layer resets")),
+    ((1, B, I, H), "deep both ragged resets"), ((T, 1, I, H), "unbatched resets"),
+]  # fmt: skip
 
 
 def calls_of(backend):
     """Return calls of every kind, on modules and tensors that are made here. Each returns its results."""
     torch.manual_seed(0)
-    place = PLACES[backend]
-    by, device = dict(backend=backend, **place), place["device"]
-    variants = by if backend != "torch" else by | dict(backend="reference")  # for features that torch's own LSTM lacks
-    lstm, deep = gpu_lstm.LSTM(I, H, **by), gpu_lstm.LSTM(I, H, num_layers=2, bidirectional=True, dropout=0.5, **by)
-    noisy = gpu_lstm.LSTM(
-        I, H, recurrent_dropout=0.5, zoneout=(0.5, 0.2), weight_drop=0.5, peepholes=True, layer_norm=True, **variants
-    )
-    stack = gpu_lstm.StackedLSTM(I, [H, H], residual=True, bidirectional=True, batch_first=True, **by)
-    cell, other = gpu_lstm.LSTMCell(I, H, **by), gpu_lstm.LSTM(I, H, **variants)
-    sliding = [gpu_lstm.Stream(module, B) for module in (lstm, gpu_lstm.StackedLSTM(I, [H], **by))]
-    x = torch.randn(T, B, I).to(**place)
-    h, c, *_ = hx = torch.randn(2, 1, B, H).to(**place)
-    lengths, resets = LENGTHS.to(device), RESETS.to(device)
+    calls, place = {}, PLACES[backend]
+    for size, words in CALLS:
+        named = {*words.split()}
+        how = dict(dropout=0.5) if "deep" in named else dict(weight_drop=0.5) if "masks" in named else {}
+        by = "reference" if backend == "torch" and named & {"state", "masks"} else backend  # torch's own lacks them
+        module, call = drawn(size, words, backend=by, **how)
+        x, hx, rest = tree_map_only(torch.Tensor, partial(to_place, place), call)
+        form = next((partial(FORMS[word], module) for word in named if word in FORMS), module)
+        calls[f"{size[0]}, {words}"] = module.to(**place), partial(form, x, *([] if hx is None else [hx]), **rest)
+    lstm, deep = (gpu_lstm.LSTM(I, H, **how, backend=backend, **place) for how in ({}, dict(num_layers=2, dropout=0.5)))
+    sliding = [gpu_lstm.Stream(each, B) for each in (lstm, gpu_lstm.StackedLSTM(I, [H], backend=backend, **place))]
+    x, (resets, lengths) = torch.randn(T, B, I).to(**place), (t.to(place["device"]) for t in (RESETS, LENGTHS))
     packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
 
     def streamed():
@@ -46,23 +50,16 @@ def calls_of(backend):
             found += [stream(x[1]), stream.state]
         return found
 
-    return {
-        "LSTM": (deep, lambda: deep(x)),
-        "unbatched": (lstm, lambda: lstm(x[:, 0], resets=resets[:, 0])),
-        "batch first": (stack, lambda: stack(x.transpose(0, 1), lengths=lengths)),
-        "packed": (deep, lambda: deep(packed)),
-        "hx, packed, resets": (lstm, lambda: lstm(packed, tuple(hx), resets=resets)),
-        "both": (deep, lambda: deep(x, lengths=lengths, resets=resets)),
-        "one step": (deep, lambda: deep(x[:1], lengths=lengths // 2, resets=resets[:1])),
-        "reset_states": (other, lambda: other(x, resets=resets, reset_states=tuple(hx))),
-        "noise": (noisy, lambda: noisy(packed)),
-        "cell": (cell, lambda: [cell(x[0], (h[0], c[0])), cell(x[0])]),
-        "lstm_layer": (lstm, lambda: lstm_layer(x, lstm._request(x).weights[0][0], resets=resets, backend=backend)),
+    return calls | {
         "Stream": (lstm, streamed),
         "trace": (deep, lambda: [(t.output, *t.layers) for t in map(partial(gpu_lstm.trace, deep), (packed, x))]),
         "resets_from_dones": (lstm, lambda: gpu_lstm.resets_from_dones(resets)),
         "lengths_of": (lstm, lambda: gpu_lstm.keras.lengths_of(resets.T.cumsum(1) == 0)),
     }
+
+
+def to_place(place, t):
+    return t.to(**place) if t.is_floating_point() else t.to(place["device"])
 
 
 def results(backend, around=contextlib.nullcontext):

@@ -133,11 +133,9 @@ def test_a_launch_that_raises_lets_others_launch_which_wait_for_it(streams):
     assert len(streams.synchronised.mock_calls) == count + 1
 
 
-def _call(lstm, steps, **facts):
-    like = next(lstm.parameters())
-    x = like.new_zeros(steps, facts.pop("batch", 2), lstm.input_size)
-    given = lstm._request(x)
-    return given._replace(modes=given.modes._replace(capturing=facts.pop("capturing", False)), **facts)
+def _call(options, capturing=False, **facts):
+    given = gpu_lstm.LSTM(3, 4, **options)._request(torch.zeros(200, 2, 3))
+    return given._replace(modes=given.modes._replace(capturing=capturing), **facts)
 
 
 @pytest.fixture
@@ -148,7 +146,7 @@ def schedule_of(monkeypatch):
 
     def schedule_of(options, is_cuda=True, **facts):
         x = SimpleNamespace(is_cuda=is_cuda, device=CUDA)
-        return schedule.schedule_of(_call(gpu_lstm.LSTM(3, 4, **options), 200, x=x, **facts), 4)
+        return schedule.schedule_of(_call(options, x=x, **facts), 4)
 
     return schedule_of
 
@@ -165,7 +163,7 @@ def test_directions_run_at_once_and_never_in_a_graph(schedule_of, monkeypatch, o
         one_stream = schedule_of(options, **why)
         assert (one_stream.streams, one_stream.side_by_side) == ((), at_once)
     monkeypatch.setattr(race, "schedule_of", lambda *_: found)
-    given = _call(gpu_lstm.LSTM(3, 4, **options), 200)
+    given = _call(options)
     kind = kind_of(given)
     layers = race.build(given, kind, Backend.TRITON).layers
     assert [layer.problem.side_by_side for layer in layers] == [expected] * len(kind.problems)

@@ -1,13 +1,13 @@
 """Streams: steps and chunks, one after another, give the results of the whole sequence at once."""
 
+import copy
 import math
 import re
 from functools import partial
-from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import PLACES, every_backend
+from comparing import PLACES, both_classes
 from installed import ROOT
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves, tree_map
@@ -19,6 +19,7 @@ from gpu_lstm.tools import stream as stream_module
 from gpu_lstm.tools.stream import Stream
 
 T, B, I, H = 9, 3, 4, 5
+F16 = torch.float16
 KINDS = {  # LSTM is for the tests of a cell state in another dtype
     "projection": partial(gpu_lstm.LSTM, I, H, 2, proj_size=3), "StackedLSTM": partial(gpu_lstm.StackedLSTM, I, [H, 3]),
     "LSTM": partial(gpu_lstm.LSTM, I, H), "GRU": partial(gpu_lstm.GRU, I, H),
@@ -39,43 +40,21 @@ def build(request):
     return partial(built, request.param)
 
 
-@every_backend
-def test_pieces_are_the_whole(build, backend):
-    """test_layer.py tests steps and chunks with time first."""
-    lstm, x = build(backend, batch_first=True)
-    whole, states = lstm(x.transpose(0, 1))
-    stream = Stream(lstm, B)
-    assert repr(stream) == f"Stream({lstm!r}, batch={B})"
-    # A step is (N, I). A chunk, even of one step, is (N, T, I).
-    parts = [stream(x[:4].transpose(0, 1)), stream(x[4])[:, None], stream(x[5:6].transpose(0, 1)),
-             stream(x[6:].transpose(0, 1))]  # fmt: skip
-    assert not any(part.requires_grad for part in parts)
-    found = [torch.cat(parts, 1), *tree_leaves(stream.state)]
-    torch.testing.assert_close(found, [whole, *tree_leaves(states)], rtol=0, atol=4 * torch.finfo(whole.dtype).eps)
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_a_step_of_few_sequences_on_a_cpu_is_by_torchs_cells(monkeypatch, name):
+@both_classes
+def test_a_step_of_few_sequences_on_a_cpu_is_by_torchs_cells(spy, cls):
     """torch's operator for a layer of an LSTM packs all weights at each call."""
-    monkeypatch.setattr(torch_rnn, name.lower(), by_layers := Mock(wraps=getattr(torch, name.lower())))
-    module = getattr(gpu_lstm, name)(I, H, 2, backend="torch")
-    cells = [getattr(torch.nn, f"{name}Cell")(size, H) for size in (I, H)]
-    for cell, weights in zip(cells, zip(*[iter(module.parameters())] * 4)):
-        cell.load_state_dict(dict(zip(cell.state_dict(), weights)))
-    for batch, rounding in ((16, 0.0), (17, 1e-6)):
-        stream, states, given = Stream(module, batch), [None, None], None
+    by_layers, module = spy(torch_rnn, cls.__name__.lower()), cls(I, H, 2, backend="torch")
+    (twin := copy.deepcopy(module)).backend = "reference"
+    for batch, calls in ((16, 0), (17, 6)):
+        stream, given, states = Stream(module, batch), None, None
         for x in torch.randn(3, batch, I):
             with torch.no_grad():
-                found, given = module(x[None], given)
+                (found, given), (true, states) = module(x[None], given), twin(x[None], states)
             y = stream(x)
-            for k, cell in enumerate(cells):
-                states[k] = cell(x, states[k])
-                x = states[k] if name == "GRU" else states[k][0]
-            torch.testing.assert_close((found[0], y), (x, x), rtol=0, atol=rounding)
+            torch.testing.assert_close((found[0], y), (true[0], true[0]))
             y.fill_(math.nan)  # this changes no state
-        expected = torch.stack(states) if name == "GRU" else tuple(map(torch.stack, zip(*states)))
-        torch.testing.assert_close((given, stream.state), (expected, expected), rtol=0, atol=rounding)
-        assert by_layers.call_count == (6 if rounding else 0)
+        torch.testing.assert_close((given, stream.state), (states, states))
+        assert by_layers.call_count == calls
     by_layers.reset_mock()
     module(torch.zeros(1, 2, I))  # with a gradient
     Stream(module, 2)(torch.zeros(2, 2, I))  # two steps
@@ -93,6 +72,7 @@ def test_one_step_that_is_packed_or_drops_out_is_as_torchs_own():
             for module in (ours, theirs):
                 torch.manual_seed(0)
                 y, states = module(x)
+                assert x is not sequences or y.sorted_indices is y.unsorted_indices is None
                 found.append([y.data if x is sequences else y, *states])
             torch.testing.assert_close(*found, rtol=0, atol=0)
 
@@ -124,6 +104,7 @@ def test_it_begins_with_the_states_it_is_given_and_leaves_them_alone(build):
     _, states = lstm(x)
     given = tree_map(torch.clone, states)
     stream = Stream(lstm, B, given)
+    assert repr(stream) == f"Stream({lstm!r}, batch={B})"
     torch._foreach_zero_(tree_leaves(given))  # the stream has copies
     stream.reorder(torch.tensor([2, 0, 0], dtype=torch.int32))
     expected, _ = lstm(x, tree_map(lambda t: t[..., [2, 0, 0], :], states))
@@ -132,17 +113,6 @@ def test_it_begins_with_the_states_it_is_given_and_leaves_them_alone(build):
     taken = tree_leaves(stream.state)
     stream(x)
     assert not torch.equal(taken[0], tree_leaves(stream.state)[0])  # the state that was taken is a copy
-
-
-def test_reset_is_the_whole_sequence_with_resets(build):
-    (lstm, x), resets = build(), torch.zeros(T, B, dtype=torch.bool)
-    resets[4, 1] = resets[6] = True
-    whole, _ = lstm(x, resets=resets)
-    stream, parts = Stream(lstm, B), []
-    for x_t, done in zip(x, resets):
-        stream.reset() if done.all() else stream.reset(done)
-        parts.append(stream(x_t))
-    torch.testing.assert_close(torch.stack(parts), whole)
 
 
 @pytest.mark.parametrize(("graph", "batch_first"), [(False, True), (True, False)], ids=["plain", "graph"])
@@ -182,21 +152,23 @@ def test_half_precision_keeps_the_cell_in_float32(kind):
 ], ids=str)  # fmt: skip
 def test_a_state_in_float32_with_half_precision(backend, kind, options, lengths):
     """The state in float32 is the cell state, or h of a GRU."""
-    module, x = built(kind, backend, dtype=torch.float16, **options)
+    module, x = built(kind, backend, dtype=F16, **options)
     ragged = {} if lengths is None else dict(lengths=torch.tensor(lengths, device=x.device))
     h, c = (torch.randn(2, 2, B, H) * 0.5).to(x.device)
-    given = dict(exact=(h.half(), c), rounded=(h.half(), c.half()), wide=(h, c), double=(h.half(), c.double()))
-    given = given if kind == "LSTM" else dict(exact=h, rounded=h.half(), double=h.double())
-    y, states = module(x, given["exact"], **ragged)
-    *others, kept = tree_leaves(states)
-    assert {t.dtype for t in (y, *others)} == {torch.float16}
-    rounded = tree_leaves(module(x, given["rounded"], **ragged)[1])[-1]
-    assert (kept.dtype, rounded.dtype) == (torch.float32, torch.float16)
+
+    def last_of(of_h, of_c):
+        hx = (h.to(of_h), c.to(of_c)) if kind == "LSTM" else h.to(of_c)
+        *others, last = tree_leaves(module(x, hx, **ragged))
+        assert {t.dtype for t in others} == {F16}
+        return last
+
+    kept, rounded = last_of(F16, torch.float32), last_of(F16, F16)
+    assert (kept.dtype, rounded.dtype) == (torch.float32, F16)
     torch.testing.assert_close(kept.half(), rounded, rtol=0, atol=4e-3 if kind == "LSTM" else 2e-3)
-    for wrong in given.keys() - {"exact", "rounded"}:
+    for wrong in [(F16, torch.float64), *[(torch.float32, torch.float32)] * (kind == "LSTM")]:
         # The words are torch's, and on its backend depend on the device.
         with pytest.raises(RuntimeError, match="dtype"):
-            module(x, given[wrong])
+            last_of(*wrong)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import both_kinds
+from comparing import both_classes, both_kinds
 from pairs import LENGTHS, RAGGED, RESETS, B, T, assert_identical, pair, random_inputs, results, truth
 from places import two_copies
 from torch import Tensor, nn
@@ -139,7 +139,7 @@ def test_lengths_and_resets_need_no_values(monkeypatch, cls, ragged, arguments):
     assert asked.count == 0
 
 
-@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+@both_classes
 def test_a_trace_is_right_for_other_resets_and_with_lengths_for_more_steps(cls):
     lstm, x = cls(3, 4, backend="torch").requires_grad_(False), torch.randn(T, B, 3)
     traced = torch.jit.trace(lambda x, r: lstm(x, resets=r)[0], (x, torch.zeros_like(RESETS)), check_trace=False)
@@ -213,17 +213,22 @@ def test_what_is_computed_again_has_the_dtypes_of_the_rest(how):
     ([], T), ([(0, 1)], T), ([(0, 1), (2, 0)], T + 1), ([(2, 0), (2, 2)], T + 1), ([(1, 0), (2, 2), (3, 0)], T + 2),
 ])  # fmt: skip
 @both_kinds
-def test_on_the_host_resets_after_the_first_step_are_steps_of_one_call(monkeypatch, kind, places, steps, lengths):
-    resets, sizes, stack = torch.zeros(T, B, dtype=torch.bool), [], torch_rnn.stack
+def test_on_the_host_resets_after_the_first_step_are_steps_of_one_call(spy, kind, places, steps, lengths):
+    resets, stack = torch.zeros(T, B, dtype=torch.bool), spy(torch_rnn, "stack")
     for place in places:
         resets[place] = True
-    monkeypatch.setattr(torch_rnn, "stack", lambda cell, x, *rest: sizes.append(len(x)) or stack(cell, x, *rest))
     _, ours = pair(kind, "torch")
     x, hx = random_inputs(ours, B)
     expected = truth(ours, x, hx, resets=resets, lengths=lengths)
     torch.testing.assert_close(results(ours, x, hx, resets=resets, lengths=lengths), expected, rtol=1e-9, atol=1e-12)
     if lengths is None:  # a reset past the end of a sequence has no effect
-        assert sizes == [steps]
+        assert [len(each.args[1]) for each in stack.call_args_list] == [steps]
+
+
+def test_layers_of_a_stack_return_c_in_the_dtypes_in_which_it_was_given():
+    stack, dtypes = gpu_lstm.StackedLSTM(3, [4, 4], backend="torch", dtype=BF16), [BF16, torch.float32]
+    states = [(torch.zeros(B, 4, dtype=BF16), torch.zeros(B, 4, dtype=dtype)) for dtype in dtypes]
+    assert [c.dtype for _, c in stack(torch.randn(T, B, 3, dtype=BF16), states)[1]] == dtypes
 
 
 @both_kinds

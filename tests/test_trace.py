@@ -46,7 +46,7 @@ def test_gates_are_the_oracles(backend, kind, ragged, options):
     assert f"{names[0]}, {names[1]}" in repr(traced)
     assert str([T, B, H]) in repr(traced)
     y, _, tapes = oracle.stack(x.numpy(), zeros_for(layers, B, letters_of(module)), layers, **ragged)
-    for layer, (_, taken) in zip(traced.layers, tapes, strict=True):
+    for layer, (*_, taken) in zip(traced.layers, tapes, strict=True):
         for gates, (_, _, tape) in zip(layer, taken, strict=True):
             expected = torch.zeros(len(names), T, B, H).double()
             for b, t, _, _, _, *values in tape:

@@ -7,12 +7,10 @@ import pickle
 import pairs
 import pytest
 import torch
-from cases import built, with_random_parameters
-from comparing import BACKENDS, KERNELS_HERE, PLACES, SECOND, assert_same, every_backend
-from pairs import LENGTHS, RAGGED, B, H, I, T, assert_identical, noises_of, random_inputs, results, states_left, truth
+from cases import drawn
+from comparing import KERNELS_HERE, PLACES, SECOND, assert_same, both_classes
+from pairs import LENGTHS, RAGGED, B, H, I, T, assert_identical, random_inputs, results, states_left
 from torch import nn
-from torch.nn.functional import dropout
-from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
@@ -23,36 +21,20 @@ from gpu_lstm.keras import keras_init
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 ABLE = ("reference", KERNELS_HERE)
 OF_NORMS = 16  # the condition of layer norms
-NOISE = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4))
-ALL, GRUS_ZONEOUT = dict(**NOISE, weight_drop=0.25), 0.4
+REGULARISED = dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45), weight_drop=0.5)
 ADDED = {"weight_peephole": 3, "gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}  # times H
 
 
-def made(words, backend, **options):
-    """Build a module in words of cases.py, and "noise" or "all" of it. "residual" needs as many units as features."""
-    named = {*words.split()}
-    options = (NOISE if "noise" in named else ALL if "all" in named else {}) | options
-    size = (T, B, I, I if "residual" in named else H, *([2] if "projected" in named else []))
-    module = with_random_parameters(built(size, named, backend=backend, **options), 0)
-    return module.train("eval" not in named).to(**PLACES.get(backend, {}))
-
-
-def call_of(module, **how):
-    return results(module, *random_inputs(module, B), **dict(seed=5) | how)
-
-
-@pytest.mark.parametrize(("backend", "words"), [("reference", "noise deep both"), (KERNELS_HERE, "noise residual")])
-def test_all_of_h_is_dropped(backend, words):
-    ours = made(words, backend, recurrent_dropout=1.0)
-    x, hx = random_inputs(ours, B)
-    expected = truth(ours, x, hx, **RAGGED, noises=noises_of(ours, seed=5))
-    assert_same(results(ours, x, hx, seed=5, **RAGGED), expected, backend)
+def made(words, backend):
+    """Build a module in words of cases.py."""
+    module, _ = drawn((T, B, I, H, *([2] if "projected" in words else [])), words, backend=backend)
+    return module.to(**PLACES.get(backend, {}))
 
 
 @pytest.mark.parametrize(("words", "frozen"), [
     ("peepholes norm-hh-c no-bias recompute", ""), ("peepholes norm-hh-c no-bias recompute", "gain"),
-    ("projected both recompute peepholes", "weight_hh"), ("projected both recompute noise", ""),
-    ("gru both recompute noise", ""), ("gru deep", "weight_hh")])  # fmt: skip
+    ("projected both recompute peepholes", "weight_hh"), ("projected both recompute masks", ""),
+    ("gru both recompute masks", ""), ("gru deep", "weight_hh")])  # fmt: skip
 def test_gradients_of_gradients_by_the_kernels(words, frozen):
     """The gradients are of c alone, with parts frozen, or of everything, with states to reset to."""
     found = []
@@ -60,7 +42,7 @@ def test_gradients_of_gradients_by_the_kernels(words, frozen):
         module = made(words, backend).float()
         place = next(module.parameters())
         given, ragged = [*random_inputs(module, B)], {}
-        if "noise" in words:
+        if "masks" in words:
             given.append(states_left(module, given[1], T, a_step=True))
             ragged = {name: t.to(place.device) for name, t in RAGGED.items()}
         given = tree_map_only(torch.Tensor, lambda t: t.to(place).requires_grad_(), given)  # noqa: B023
@@ -79,30 +61,8 @@ def test_gradients_of_gradients_by_the_kernels(words, frozen):
     assert_same(*found, condition=SECOND * (OF_NORMS if "norm" in words else 1))
 
 
-@pytest.mark.parametrize("words", [
-    "all deep", "residual", "projected both states", "all gru deep states",
-    *(pytest.param(words, marks=pytest.mark.deep) for words in (
-        "peepholes norm-hh-c no-bias", "all deep both", "all deep eval", "all projected both"))])  # fmt: skip
-def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, words):
-    """Each chunk gets its part of the noise, of lengths, resets and states to reset to."""
-    between = dict(dropout=0.3) if "deep" in words else {}
-    ours, expected = (made(words, backend, **between).to(torch.float32) for backend in (KERNELS_HERE, "reference"))
-    ragged = dict(RAGGED)
-    if "states" in words:
-        ragged["reset_states"] = states_left(ours, random_inputs(ours, B)[1], T, a_step=True)
-    whole = call_of(ours, **ragged)
-    noisy = bool(between or "all" in words) and "eval" not in words
-    true = call_of(expected, **ragged)
-    assert noisy is not torch.equal(call_of(expected, seed=6, **ragged)["output"], true["output"])
-    assert_same(whole, true, condition=OF_NORMS if "norm" in words else 1)
-    monkeypatch.setattr("gpu_lstm.execution.schedule.WORKSPACE", 2 * B * 4 * H * 4)  # two steps
-    with torch.no_grad():
-        found = call_of(ours, **ragged)
-    assert_same(found, {name: whole[name] for name in found})
-
-
 def test_a_trace_shows_the_states_after_zoneout():
-    lstm = made("deep both", "reference", zoneout=NOISE["zoneout"])
+    lstm = made("deep both zoneout", "reference")
     x = random_inputs(lstm, B)[0].to(lstm.weight_ih_l0)
     output, states = pairs.seeded(lstm, x, lengths=LENGTHS)
     traced = pairs.seeded(gpu_lstm.trace, lstm, x, lengths=LENGTHS)
@@ -113,7 +73,7 @@ def test_a_trace_shows_the_states_after_zoneout():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("words", ["projected both", "projected noise eval", "gru both noise eval"])
+@pytest.mark.parametrize("words", ["projected both", "projected expected", "gru both expected"])
 def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype, words):
     lstm = made(words, "reference").to(dtype)
     x, hx = tree_map_only(torch.Tensor, lambda t: t.to(dtype), random_inputs(lstm, B))
@@ -125,66 +85,7 @@ def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype,
         assert all(torch.equal(a.to(dtype), b) for a, b in zip(tree_leaves(found), rounded, strict=True))
 
 
-@pytest.mark.parametrize("words", ["deep both", "residual", "gru deep", "gru stack"])
-@every_backend
-def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, words):
-    dropped = made(words, backend, recurrent_dropout=0.5, weight_drop=0.5).eval()
-    dropped.dropout = 0.5
-    assert_identical(call_of(dropped, **RAGGED), call_of(made(words, backend).eval(), **RAGGED))
-
-
-@pytest.mark.parametrize(
-    ("backend", "words", "rate"),
-    [*((backend, words, 0.5) for backend in BACKENDS for words in ("recompute", "gru")), ("torch", "", 1.0)],
-)
-def test_weight_drop_runs_everywhere(backend, words, rate):
-    """The module computes as an LSTM whose weight_hh is dropped by the same seed. Only weights that remain have
-    gradients."""
-    lstm, plain = made(words, backend, weight_drop=rate), made(words, "reference").to(**PLACES[backend])
-    name, weight_hh = "weight_hh_l0", plain.weight_hh_l0
-    torch.manual_seed(5)
-    factors = dropout(torch.ones_like(weight_hh), rate)
-    weight_hh.data *= factors
-    got, expected = call_of(lstm), call_of(plain)
-    expected[f"d{name}"] *= factors
-    assert_same(got, expected)
-    packed = pack_padded_sequence(torch.randn(4, 4, I).to(weight_hh), torch.tensor([4, 3, 3, 1]))
-    torch.manual_seed(5)
-    torch.testing.assert_close(lstm(packed)[0].data, plain(packed)[0].data, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.usefixtures("with_onednn")
-@pytest.mark.parametrize("words", ["all deep both", "all deep gru", "gru", ""])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_autocast(backend, words, device):
-    """A loss that is scaled too far has gradients that are not finite, as a GradScaler expects."""
-    lstm = made(words, backend).to(device, torch.float32)
-    half, exact = (call_of(lstm, call=call) for call in (torch.autocast(device, torch.float16)(lstm), lstm))
-    assert half["output"].dtype is (torch.float32 if "gru" in words and device == "cpu" else torch.float16)
-    for name, true in exact.items():
-        scale = max(1.0, true.abs().max().item())
-        torch.testing.assert_close(half[name].float(), true, rtol=0, atol=1e-2 * scale, msg=name)
-    with torch.autocast(device, torch.float16):
-        y, _ = lstm(random_inputs(lstm, B)[0].to(device))
-    gradients = torch.autograd.grad(y.float().sum() * 2.0**127 * 4, list(lstm.parameters()))
-    assert not any(t.isfinite().all() for t in gradients)
-
-
-@every_backend
-@pytest.mark.parametrize("cls", [gpu_lstm.StackedLSTM, gpu_lstm.StackedGRU])
-def test_what_dropout_keeps_between_layers_is_scaled(backend, cls):
-    stack = cls(3, [4, 5], dropout=0.25, backend=backend).to(**PLACES[backend])
-    x = torch.randn(6, 2, 3, **PLACES[backend])
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        found, _ = stack(x)
-        torch.manual_seed(7)
-        kept = torch.empty(6, 2, 4, dtype=torch.bool, device=x.device).bernoulli_(0.75)
-    lower, upper = stack.layers
-    torch.testing.assert_close(found, upper(lower(x)[0] * kept / 0.75)[0])
-
-
-@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+@both_classes
 def test_per_sample_noise_under_vmap(cls):
     lstm, x = cls(3, 4, zoneout=0.5, recurrent_dropout=0.5), torch.randn(4, 1, 3).expand(5, 4, 1, 3)
     outputs = torch.func.vmap(lambda x: lstm(x)[0], randomness="different")(x)
@@ -198,7 +99,7 @@ def test_per_sample_noise_under_vmap(cls):
     (gpu_lstm.LSTM, dict(layer_norm=True), ["gain_ih", "gain_hh", "gain_c", "bias_c"]),
 ], ids=str)  # fmt: skip
 def test_parameters(cls, options, names):
-    """The parameters of a plain module come first, from the same random numbers. All are saved, copied and shown."""
+    """The parameters of a plain module come first, from the same random numbers. All are saved and copied."""
     plain, lstm = (pairs.seeded(cls, I, H, **given) for given in (dict(bias=options.get("bias", True)), options))
     count = len(list(plain.parameters()))
     assert list(lstm.state_dict())[:count] == list(plain.state_dict())
@@ -209,8 +110,6 @@ def test_parameters(cls, options, names):
         assert 0 < parameter.abs().max() <= H**-0.5 if "weight" in name else (parameter == ("gain" in name)).all()
     x = torch.randn(1, I)
     assert torch.equal(pickle.loads(pickle.dumps(lstm))(x)[0], lstm(x)[0])
-    shown = [f"{name}={getattr(lstm, name)!r}" for name in ("peepholes", "layer_norm") if getattr(lstm, name)]
-    assert repr(lstm) == ", ".join([repr(plain)[:-1], *shown]) + ")"
     before = copy.deepcopy(lstm.state_dict())
     for parameter in lstm.parameters():
         nn.init.constant_(parameter, 2.0)
@@ -220,10 +119,10 @@ def test_parameters(cls, options, names):
 
 @pytest.mark.parametrize("words", ["recompute", "stack", "gru deep", "gru stack"])
 def test_pickles(words):
-    twin, old = pickle.loads(pickle.dumps(made(f"{words} all", None))), made(words, None)
-    expected = ALL | (dict(zoneout=GRUS_ZONEOUT) if "gru" in words else {})
-    assert {name: getattr(twin, name) for name in ALL} == expected
-    for name in ALL:
+    twin, old = pickle.loads(pickle.dumps(made(f"{words} masks weight_drop", None))), made(words, None)
+    expected = REGULARISED | (dict(zoneout=0.45) if "gru" in words else {})
+    assert {name: getattr(twin, name) for name in expected} == expected
+    for name in expected:
         del old.__dict__[name]  # older pickles do not have these
     old = pickle.loads(pickle.dumps(old))
     assert repr(old) == repr(made(words, None))
@@ -232,41 +131,38 @@ def test_pickles(words):
 
 # Heads. test_layer.py tests their numbers.
 
-KINDS = pytest.mark.parametrize("kind", [gpu_lstm.LSTM, gpu_lstm.GRU])
 
-
-@KINDS
-def test_on_a_cpu_wide_heads_are_a_call_each(kind, monkeypatch):
-    module = kind(I, 256, 2, bidirectional=True, heads=4, backend="torch").double()
-    twin, calls, name = copy.deepcopy(module), [], kind.__name__.lower()
-    twin.backend, theirs = "reference", getattr(torch, name)
-    monkeypatch.setattr(torch_rnn, name, lambda *args: calls.append(args[2][1].shape) or theirs(*args))
+@both_classes
+def test_on_a_cpu_wide_heads_are_a_call_each(cls, spy):
+    module = cls(I, 256, 2, bidirectional=True, heads=4, backend="torch").double()
+    twin, calls = copy.deepcopy(module), spy(torch_rnn, cls.__name__.lower())
+    twin.backend = "reference"
     x, hx = random_inputs(module, B)
     # Gradients are sums of up to 2 x 1,024 terms. Those of pairs.py have 7 terms. sqrt((2,048 + 20) / (7 + 20)) is 9.
     assert_same(*(results(each, x, hx) for each in (module, twin)), condition=9)
-    assert calls == [(64 * module._cell.rows, 64)] * 4 * 2
+    assert [each.args[2][1].shape for each in calls.call_args_list] == [(64 * module._cell.rows, 64)] * 4 * 2
 
 
-@KINDS
-def test_initial_weights_are_those_of_the_fan_in(kind):
+@both_classes
+def test_initial_weights_are_those_of_the_fan_in(cls):
     torch.manual_seed(0)
-    module = kind(I, 400, heads=4)
+    module = cls(I, 400, heads=4)
     drawn = {name: p.clone() for name, p in module.named_parameters()}
     assert [name for name, p in drawn.items() if p.abs().max() > 400**-0.5] == ["weight_hh_l0"]
     assert 0.99 * 100**-0.5 < drawn["weight_hh_l0"].abs().max() <= 100**-0.5
     torch.manual_seed(0)
     module.reset_parameters()
     assert all(torch.equal(p, drawn[name]) for name, p in module.named_parameters())
-    assert repr(module) == f"gpu_lstm.{kind.__name__}({I}, 400, heads=4)"
+    assert repr(module) == f"gpu_lstm.{cls.__name__}({I}, 400, heads=4)"
     of_head = keras_init(module).weight_hh_l0.view(-1, 4, 100, 100)[:, 1].flatten(0, 1)
     torch.testing.assert_close(of_head.T @ of_head, torch.eye(100), rtol=0, atol=1e-5)
 
 
-@KINDS
-def test_to_torch_cut_and_back(kind):
-    x, module = torch.randn(T, B, I).double(), kind(I, 12, 2, heads=3, dtype=torch.float64, backend="reference")
+@both_classes
+def test_to_torch_cut_and_back(cls):
+    x, module = torch.randn(T, B, I).double(), cls(I, 12, 2, heads=3, dtype=torch.float64, backend="reference")
     theirs = gpu_lstm.to_torch(copy.deepcopy(module))
-    assert type(theirs) is getattr(nn, kind.__name__)
+    assert type(theirs) is getattr(nn, cls.__name__)
     torch.testing.assert_close(theirs(x)[0], module(x)[0], rtol=0, atol=1e-12)
     assert torch.equal(theirs.weight_hh_l1, functional.dense(module.weight_hh_l1, 12))
     assert torch.equal(functional.of_heads(theirs.weight_hh_l1, 3), module.weight_hh_l1)
@@ -274,7 +170,7 @@ def test_to_torch_cut_and_back(kind):
     torch.testing.assert_close(scripted(x)[0], module(x)[0], rtol=0, atol=1e-12)
     state = {name: functional.of_heads(t, 3) if "hh" in name and t.dim() == 2 else t
              for name, t in theirs.state_dict().items()}  # fmt: skip
-    again = kind(I, 12, 2, heads=3, dtype=torch.float64)
+    again = cls(I, 12, 2, heads=3, dtype=torch.float64)
     again.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
     rows = module._cell.rows * 12

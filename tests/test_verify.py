@@ -43,7 +43,6 @@ CPU = torch.device("cpu")
 FORWARD = Pass()
 PLAIN, HALF = (Problem(2, 3, 20, dtype) for dtype in (torch.float32, torch.float16))
 RAGGED = dict(lengths=torch.int64, resets=True)
-MASKS, RATES = (dict(zoneout_h=n, zoneout_c=n) for n in (3, 0))
 NORMS = dict(gain_hh=True, gain_c=True, bias_c=True)
 OF_GRU = dict(cell="gru", bias_hh=True)
 

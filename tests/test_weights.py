@@ -4,7 +4,6 @@ that are subclasses of Tensor without memory of their own, such as torchao's qua
 import copy
 import io
 import pickle
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -51,6 +50,20 @@ def test_names_values_and_repr_are_those_of_torch(cls, arguments):
         assert {(p.dtype, p.device.type) for p in created} == {(torch.float16, "meta")}
 
 
+@pytest.mark.parametrize("options", [dict(heads=2), dict(peepholes=True, layer_norm=("c",))], ids=str)
+@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.LSTMCell])
+def test_a_subclass_may_draw_all_parameters_itself(cls, options):
+    class Mine(cls):
+        def reset_parameters(self):
+            for parameter in self.parameters():
+                nn.init.constant_(parameter, 0.25)
+
+    mine, shapes = Mine(I, H, **options), {name: p.shape for name, p in cls(I, H, **options).named_parameters()}
+    assert {name: p.shape for name, p in mine.named_parameters()} == shapes
+    assert all((p == 0.25).all() for p in mine.parameters())
+    assert "reset_parameters" not in vars(mine)
+
+
 @pytest.mark.parametrize("cls", [gpu_lstm.StackedLSTM, gpu_lstm.StackedGRU])
 def test_a_stack_has_the_initial_values_of_a_deep_module_and_takes_device_and_dtype(cls):
     assert not hasattr(cls(I, [H]), "reset_parameters")  # tools call it on any module that has it
@@ -69,7 +82,9 @@ NOISE = "recurrent_dropout=0.3, zoneout=(0.2, 0.4), weight_drop=0.25"
     "StackedLSTM(8, [4, 2, 2], bias=False, batch_first=True, dropout=0.5, bidirectional=True, residual=True, "
     f"backend='reference', recompute=True, {NOISE})", "GRUCell(3, 4, backend='torch')",
     "GRU(3, 4, num_layers=2, backend='torch', recompute=True, recurrent_dropout=0.3, zoneout=0.2)",
-    "StackedGRU(8, [4, 2], zoneout=0.2)", "SLSTM(3, 8, heads=2, backend='reference')"])  # fmt: skip
+    "StackedGRU(8, [4, 2], zoneout=0.2)", "LSTM(3, 4, peepholes=True, layer_norm=True)",
+    "LSTMCell(3, 4, bias=False, peepholes=True, layer_norm=('hh', 'c'))",
+    "SLSTM(3, 8, heads=2, backend='reference')"])  # fmt: skip
 def test_what_is_not_default_is_shown(shown):
     module = eval(shown, vars(gpu_lstm))
     assert f"{type(module).__name__}({module.extra_repr()})" == shown
@@ -245,10 +260,9 @@ def assert_close(ours, theirs):
 
 
 @pytest.fixture
-def routes(monkeypatch):
+def routes(spy):
     """A Mock that runs calls by their routes."""
-    monkeypatch.setattr(dispatch, "execute", Mock(side_effect=dispatch.execute))
-    return dispatch.execute
+    return spy(dispatch, "execute")
 
 
 @pytest.mark.parametrize(("backend", "kind"), [

@@ -33,6 +33,7 @@ import gpu_lstm
 import gpu_lstm.__main__
 from gpu_lstm.backends import reference
 from gpu_lstm.call import choices
+from gpu_lstm.call.checks import cure_of
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import why_unavailable
@@ -138,6 +139,17 @@ def test_wrong_calls_are_refused_and_change_nothing(row):
         assert error.__module__ == "builtins"
         found = f"{error.__name__}: {found}"
         assert re.fullmatch(re.escape(text).replace(r"\.\.\.", ".*") + CURE, found), (call, found)
+
+
+@pytest.mark.parametrize(
+    ("value", "helps"),
+    [([1.0, 2.0], True), (np.zeros(2), True), ((zeros(2), zeros(2)), False), (wrong_calls.PACKED, False)],
+    ids=lambda value: type(value).__name__,
+)
+def test_as_tensor_is_advised_only_where_it_helps(value, helps):
+    assert ("as_tensor" in cure_of(value)) == helps
+    with contextlib.nullcontext() if helps else pytest.raises((ValueError, RuntimeError)):
+        torch.as_tensor(value)
 
 
 # Calls that torch refuses, too: the shapes of x, h and c, by module
@@ -246,7 +258,7 @@ COMMANDS = [
     (OURS, f"{PLAN} --steps 1.5", "argument --steps: expected a whole number, got '1.5'$"),
     (OURS, f"{PLAN} --device k80", "^unknown device 'k80'; known: h100, a100, "),
     (OURS, f"{PLAN} --hidden 1000000", "^W_hh of 1000000 units takes 8000 GB, more than any known card has$"),
-    (OURS, f"{PLAN} --layer-norm --cell gru", "^--layer-norm is of an LSTM without heads, got gru with 1$"),
+    (OURS, f"{PLAN} --layer-norm --cell gru", "^--layer-norm needs an LSTM without heads, got gru with heads=1$"),
     (OURS, "compile --cells rnn", "argument --cells: invalid choice: 'rnn'"),
     (OURS, "compile --dtype bf16", "argument --dtype: invalid choice: 'bf16'"),
     (OURS, "compile --hidden 0", "argument --hidden: expected at least 1, got 0$"),

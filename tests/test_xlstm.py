@@ -97,6 +97,11 @@ def test_explain_takes_a_cell(steps, said):
     gpu_lstm.use_for_slstm(cell)
     explanation = gpu_lstm.explain(cell, x)
     assert said in str(explanation)
+    if explanation.layers:  # the cell is given W_ih x
+        assert f"SLSTM W_ih x -> {H} " in explanation.problem
+        assert f"W_ih x -> {H} of {HEADS} heads" in str(explanation)
+    with pytest.raises(TypeError, match="got ModuleDict: give it the module 'cell' of it"):
+        gpu_lstm.explain(nn.ModuleDict({"cell": cell}), x)
     assert (explanation.backend == "reference") == (steps == 1 or not numba_is_there())
 
 
@@ -105,11 +110,9 @@ def numba_is_there():
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """A list that grows with every call of slstm_layer."""
-    found, layer = [], tool.slstm_layer
-    monkeypatch.setattr(tool, "slstm_layer", lambda *given, **options: found.append(given) or layer(*given, **options))
-    return found
+def calls(spy):
+    """A Mock that makes and counts the calls of slstm_layer."""
+    return spy(tool, "slstm_layer")
 
 
 @torch.no_grad()
@@ -120,7 +123,7 @@ def test_without_gradients_twice_as_many_steps_are_few(calls):
     for steps in (most, most + 1):
         x = torch.randn(B, steps, 4 * H, dtype=torch.float64)
         torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=0, atol=1e-14)
-        assert len(calls) == (steps > most)
+        assert calls.call_count == (steps > most)
 
 
 @pytest.mark.parametrize("steps", range(1, tool.MOST_STEPS + 1))
@@ -136,7 +139,7 @@ def test_a_few_steps_of_gates_that_are_shut_and_units_that_are_empty(steps, call
             y, final = cell(*leaves)
         gradients = torch.autograd.grad(y.square().sum() + final[:3].sum(), [*leaves, *cell.parameters()])
         both.append([y, final, *gradients])
-    assert len(calls) == 1
+    assert calls.call_count == 1
     torch.testing.assert_close(*both, rtol=0, atol=1e-14)
 
 
@@ -150,11 +153,11 @@ def test_a_few_steps_that_are_left_to_slstm_layer(calls):
         assert cell(x, state)[0].dtype == torch.bfloat16
     assert cell(x.bfloat16(), state)[1].dtype == torch.float32
     torch.func.vmap(lambda x: cell(x, state)[0])(x[None])
-    assert len(calls) == 4
+    assert calls.call_count == 4
     for wrong in ((x, state[:, :1]), (x[..., :-4], state), (x, state[..., :-1])):
         with pytest.raises((RuntimeError, ValueError), match="size"):
             cell(*wrong)
-    assert len(calls) == 7
+    assert calls.call_count == 7
 
 
 KERNEL = "_recurrent_kernel_"
@@ -318,15 +321,12 @@ def test_the_layout_of_tirex_against_the_oracle():
     assert gpu_lstm.use_for_slstm(nn.Sequential(cell)) == 1
     y, (h, c, n, m) = cell(x, state)
     kernel, bias = (p.detach().numpy() for p in (cell._recurrent_kernel_, cell._bias_))
-    units, weight, flat = H // HEADS, np.zeros((4 * H, H)), np.zeros(4 * H)
-    for gate in range(4):
-        for head in range(HEADS):
-            for unit in range(units):
-                row = gate * H + head * units + unit
-                weight[row, head * units : (head + 1) * units] = kernel[head, :, gate * units + unit]
-                flat[row] = bias[(head * 4 + gate) * units + unit]
-    z = (x.numpy() + flat).swapaxes(0, 1)
-    true, h_n, (c_n, _, m_n), _ = oracle.layer(z, state[0].numpy(), state[1:].numpy(), np.eye(4 * H), weight)
+    units, weight = H // HEADS, np.zeros((4, HEADS, H // HEADS, HEADS, H // HEADS))
+    for head in range(HEADS):
+        weight[:, head, :, head] = kernel[head].reshape(units, 4, units).transpose(1, 2, 0)
+    z = (x.numpy() + bias.reshape(HEADS, 4, units).swapaxes(0, 1).ravel()).swapaxes(0, 1)
+    rest = state[0].numpy(), state[1:].numpy(), np.eye(4 * H), weight.reshape(4 * H, H)
+    true, h_n, (c_n, _, m_n), _ = oracle.layer(z, *rest)
     pairs = (y.permute(2, 0, 1, 3).flatten(2), true), (h, h_n), (c / n, c_n), (m + n.log(), m_n)
     for our, truth in pairs:
         np.testing.assert_allclose(our.detach().numpy(), truth, rtol=1e-12, atol=1e-12)

@@ -160,7 +160,7 @@ def of_lengths_and_resets():
 
 
 def of_reset_states():
-    yield "ValueError: Expected resets together with reset_states, ..., got None", "m.lstm(SEQ, reset_states=(H0, C0))"
+    yield "ValueError: Expected resets together with reset_states, got None", "m.lstm(SEQ, reset_states=(H0, C0))"
     sizes = "ValueError: Expected {0} of reset_states of size [{1}2, 4], one a sequence, or [{1}5, 2, 4], one a step, "
     sizes = f"{sizes}got {{2}}".format
     for text, call, states in (
@@ -175,7 +175,7 @@ def of_reset_states():
         ("TypeError: reset_states should be a pair of tensors (h, c), got: Tensor", "m.lstm(SEQ",
          "torch.stack([H0, C0])"),
         ("ValueError: Expected reset_states of two states (h, c), got 1", "m.lstm(SEQ", "(H0,)"),
-        (a_tensor("reset_states", "tuple; use torch.as_tensor"), "m.gru(SEQ", "(H0, H0)"),
+        (a_tensor("reset_states", "tuple"), "m.gru(SEQ", "(H0, H0)"),
         (a_list("reset_states", "", "Tensor"), "m.stack(SEQ", "H0"),
         ("ValueError: Expected reset_states of 2 tensors, one a layer, got 1", "m.gru_stack(SEQ", "[H2]")):  # fmt: skip
         yield text, f"{call}, resets=RESETS, reset_states={states})"
@@ -273,7 +273,7 @@ CALLS = [
     ("RuntimeError: lstm_cell expects two hidden states", "m.cell(zeros(2, 3), [H2])"),
     # GRU, StackedGRU, gru_layer, GRUCell, where torch's own words are no guide
     ("AttributeError: 'tuple' object has no attribute 'dim'", "m.gru(SEQ, (H0, C0))", "m.gru_cell(SEQ[0], (H2, H2))"),
-    (a_tensor("hx", "tuple; use torch.as_tensor"), "m.gru(PACKED, (H0, C0))", "gru(m, hx=(H2, H2))"),
+    (a_tensor("hx", "tuple"), "m.gru(PACKED, (H0, C0))", "gru(m, hx=(H2, H2))"),
     (size("hidden", "(2, 4)", "[1, 2, 4]"), "gru(m, hx=H0)"),
     (size("h of layer 1", "(2, 4)", "[2, 5]"), "m.gru_stack(SEQ, [H2, zeros(2, 5)])"),
     ("TypeError: hx should be a list of tensors, one a layer, got: Tensor", "m.gru_stack(SEQ, H0)"),
@@ -302,8 +302,11 @@ CALLS = [
         ("GRUCell", "m.gru_cell", "recurrent_dropout", 0.5))),
     ("ValueError: Expected zeros between the 2 heads of weight_hh, got 32 other weights",
      "of_heads(torch.ones(16, 4), 2)"),
-    ("ValueError: Expected weight_hh with a multiple of 11 rows, got [16, 4]", "whole(WEIGHTS[1], 11)"),
-    ("ValueError: Expected weight_hh with a multiple of 3 rows, got [4, 3]", "of_heads(zeros(4, 3), 3)"),
+    *((f"ValueError: Expected weight_hh with a multiple of {n} rows and a divisor of {n} columns, got {got}", call)
+      for n, got, call in ((11, [16, 4], "whole(WEIGHTS[1], 11)"), (3, [4, 3], "of_heads(zeros(4, 3), 3)"),
+                           (4, [16, 3], "whole(zeros(16, 3), 4)"))),
+    (an_int("hidden_size", "str"), "whole(WEIGHTS[1], '4')"),
+    ("ValueError: hidden_size must be greater than zero", "whole(WEIGHTS[1], 0)"),
     *((an_int("heads", kind_of(heads)), *(f"{call}, heads={heads})" for call in calls)) for heads, calls in (
         ("2.0", ("gpu_lstm.SLSTM(3, 4",)), ("'2'", ("layer(m", "slstm(bias=None")))),
     ("TypeError: ...unexpected keyword argument 'zoneout'...", "gpu_lstm.SLSTM(3, 4, zoneout=0.1)"),
@@ -360,6 +363,8 @@ CALLS = [
     # explain, trace
     *((f"TypeError: {function} accepts a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, SEQ)")
       for function, value in (("explain", "LINEAR"), ("trace", "None"))),
+    *((f"TypeError: {function} accepts an LSTM, ... got Sequential: give it the module '1' of it",
+       f"gpu_lstm.{function}(nn.Sequential(LINEAR, m.lstm, m.gru), SEQ)") for function in ("explain", "Stream")),
     (a_tensor("x", "NoneType"), "gpu_lstm.explain(m.lstm, None)", "gpu_lstm.trace(m.lstm, None)"),
     # Stream
     ("TypeError: Stream accepts an LSTM, a GRU, an SLSTM or a stack, got LSTM of torch.nn: convert it...",
@@ -389,9 +394,9 @@ CALLS = [
     # convert, to_torch
     ("TypeError: convert accepts a torch.nn.Module, got list", "gpu_lstm.convert([TORCHS])"),
     ("TypeError: to_torch accepts a torch.nn.Module, got type", "gpu_lstm.to_torch(nn.LSTM)"),
-    *((f"TypeError: the model itself is a Stacked{kind} of sizes [4, 4], with a {states} a layer; a torch.nn.{kind} "
-       f"has layers of one size, and one {states} for all", f"gpu_lstm.to_torch(m.{module})")
-      for kind, states, module in (("LSTM", "pair of states", "stack"), ("GRU", "tensor of states", "gru_stack"))),
+    *((f"TypeError: the model itself is a Stacked{kind} of sizes [4, 4]; a torch.nn.{kind} has layers of one size, and "
+       "no list of states", f"gpu_lstm.to_torch(m.{module})")
+      for kind, module in (("LSTM", "stack"), ("GRU", "gru_stack"))),
     # resets_from_dones
     (a_tensor("dones", "list"), "gpu_lstm.resets_from_dones([[True]])"),
     *(("ValueError: Expected bool dones [T, N] of a step or more, got ...", f"gpu_lstm.resets_from_dones({value})")

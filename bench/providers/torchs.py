@@ -84,23 +84,6 @@ def packed(inputs: Inputs) -> Engine:
     return Engine(call, engine.parameters)
 
 
-def cell_loop(inputs: Inputs) -> Engine:
-    """Return T calls of one torch.nn.LSTMCell."""
-    case = expect(inputs.case)
-    cell = nn.LSTMCell(case.input_size, case.hidden_size, device=inputs.x.device, dtype=case.torch_dtype)
-    cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in inputs.weights.items()})
-    cell.requires_grad_(case.training)
-
-    def call(x, state):
-        ((h,), (c,)), outputs = state, []
-        for x_t in x:
-            h, c = cell(x_t, (h, c))
-            outputs.append(h)
-        return torch.stack(outputs), (h[None], c[None])
-
-    return Engine(call, {f"{name}_l0": tensor for name, tensor in cell.named_parameters()})
-
-
 class Loop(nn.RNNBase):
     """torch's module, called for every step. Its state is masked by `resets` [T, B], as in recurrent PPO."""
 
@@ -199,7 +182,6 @@ PROVIDERS = {
     "torch-flat": Provider(flat, everywhere=True, graphed=True),
     "head-loop": Provider(head_loop, everywhere=True),
     "torch-packed": Provider(packed, everywhere=True),
-    "cell-loop": Provider(cell_loop),
     "compiled-loop": Provider(compiled_loop),
     "cleanrl-loop": Provider(partial(masked_loop, in_pieces=False), everywhere=True),
     "rl_games-pieces": Provider(partial(masked_loop, in_pieces=True), everywhere=True),

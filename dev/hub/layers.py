@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .call import roles
 from .call.options import Arguments, options_of
-from .call.prepare import prepare
+from .call.prepare import request_of
 from .call.weights import State, weights_now
 from .dispatch.route import run_call
 from .modules.tracing import traced
@@ -53,7 +53,7 @@ def _called(module: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tenso
     asked = Arguments(module.mode.lower(), roles.Module, sizes, False, (), 1, module.input_size, module.bias, None,
                       module.bidirectional, module.batch_first, module.training, False,
                       module.proj_size, (module.dropout, *Arguments._field_defaults["rates"][1:]))  # fmt: skip
-    return run_call(prepare(options := options_of(*asked), weights_now(module, options.names), input, hx))
+    return run_call(request_of(options := options_of(*asked), weights_now(module, options.names), input, hx))
 
 
 _in_eager_mode = torch._disable_dynamo(_called)

@@ -1,13 +1,13 @@
 """torch's own LSTM and GRU (ATen on the CPU, cuDNN on CUDA), with lengths and resets added.
 
-torch's own support neither, and packed batches are slow. But gates can be shut from outside: additional input features
-with huge weights turn a step into one of these two.
+torch's own support neither, and packed batches are slow. But additional input features with huge weights saturate the
+gates, and turn a step into one of these two.
 
     a step that   does this to the state    by gates of an LSTM   of a GRU         is used
     holds         leaves it as it is        i = 0, f = 1          z = 1            past the end of a sequence
     clears        sets it to zero           i = f = 0             r = z = n = 0    at a reset, between two steps
 
-So one call over a plain padded batch computes a batch with lengths and resets. Shut gates pass no gradient either.
+So one call over a plain padded batch computes a batch with lengths and resets. Saturated gates pass no gradient.
 """
 
 from __future__ import annotations  # torch.compile tries to evaluate annotations of nested functions, and fails
@@ -43,7 +43,13 @@ lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.g
 def has(cell: Cell, inputs: Inputs) -> bool:
     """Whether torch's own layer of this cell supports these tensors."""
     more = (*names_of(VARIANT, NOISE), "reset_c")
-    return cell.of_torch and len(inputs.x) <= MOST_STEPS and all(getattr(inputs, name) is None for name in more)
+    is_possible = cell.of_torch and not too_long(inputs.x, len(inputs.x))
+    return is_possible and all(getattr(inputs, name) is None for name in more)
+
+
+def too_long(x: Tensor, steps: int) -> bool:
+    """Whether a call on x has more steps than cuDNN supports. On a CPU any number is supported."""
+    return x.is_cuda and steps > MOST_STEPS
 
 
 def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
@@ -102,7 +108,7 @@ def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """Run all layers of a call that `as_given` does not support, in `dtype`. Return the same as run_layers."""
     options, cell = call.options, call.options.cell
     is_plain = call.traversal.is_plain() and not isinstance(options.role, roles.Function)
-    if is_plain and options.in_one_call:
+    if is_plain and options.in_one_call and len({c.dtype for _, c in call.states}) == 1:
         y, final = stack(cell, call.x, joined(call.states), call.weights, options.dropout, options.training)
         return y, split(final)
 

@@ -95,7 +95,8 @@ def check_states(
 
 def cure_of(value: object) -> str:
     """Return advice for an error about a value that is not a tensor, or "" if torch.as_tensor would not help."""
-    return "; use torch.as_tensor" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
+    numbers = isinstance(value, list | tuple) and not any(isinstance(each, Tensor) for each in value)
+    return "; use torch.as_tensor" if numbers or hasattr(value, "__array__") else ""
 
 
 def cure_of_one(hx: object, cure: str = "expected (h, c); lengths and resets are given by keyword") -> str:

@@ -68,7 +68,7 @@ class Modes(NamedTuple):
 def modes(x: Tensor) -> Modes:
     """Return the current modes, for a call on x.
 
-    x is the only tensor that is looked at. `prepare` checks whether another tensor is of a subclass of Tensor.
+    x is the only tensor that is looked at. `request_of` checks whether another tensor is of a subclass of Tensor.
     """
     if _is_compiling():
         # Precision and choices are read when the decision is made, so that no graph depends on them.

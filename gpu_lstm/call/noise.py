@@ -4,13 +4,15 @@ They are drawn once per call, for whole sequences. So a seed gives the same nois
 division of the time into chunks.
 """
 
+from __future__ import annotations  # torch.compile tries to evaluate annotations of nested functions, and fails
+
 import torch
 from torch import Tensor
 
 from ..kernels.tensors import Noise
 from .options import Options
 from .regularisers import SCALING, Drawing
-from .weights import Weights
+from .weights import Size, Weights
 
 NO_NOISE = Noise()
 
@@ -23,23 +25,20 @@ def draw(
     A mask is bool [T, B, D*P]. It is True where dropout keeps an element of a layer's output. It is None without
     dropout, and for the last layer. `sizes` is (T, B). `dtype` is the dtype that the layers compute in.
     """
-    if not options.noisy:
-        return [[NO_NOISE] * len(layer) for layer in layers], [None] * len(layers)
     device = layers[0][0].weight_hh.device
-    noise: list[list[Noise]] = []
-    for size, layer in zip(options.sizes, layers):
+
+    def noise_of(size: Size) -> Noise:
         of = Drawing((*sizes, size.width), size.hidden, dtype, device, options.training, options.one_state)
-        noise.append([])
-        for _ in layer:
-            drawn: dict[str, Tensor | None] = {}
-            for thing, rate in options.on:
-                drawn.update(zip(thing.tensors, thing.draw(rate, of)))
-            noise[-1].append(Noise(**drawn))
-    kept: list[Tensor | None] = [None] * len(layers)
-    for k, size in enumerate(options.sizes[:-1] if options.dropout else ()):
-        width = options.directions * size.width
-        kept[k] = torch.empty(*sizes, width, dtype=torch.bool, device=device).bernoulli_(1 - options.dropout)
-    return noise, kept
+        return Noise(**{name: t for thing, rate in options.on for name, t in zip(thing.tensors, thing.draw(rate, of))})
+
+    def mask_of(size: Size) -> Tensor | None:
+        if not options.dropout:
+            return None
+        mask = torch.empty(*sizes, options.directions * size.width, dtype=torch.bool, device=device)
+        return mask.bernoulli_(1 - options.dropout)
+
+    noise = [[noise_of(size) for _ in layer] for size, layer in zip(options.sizes, layers)]
+    return noise, [*map(mask_of, options.sizes[:-1]), None]
 
 
 def with_weight_drop(layers: list[list[Weights]], options: Options) -> list[list[Weights]]:

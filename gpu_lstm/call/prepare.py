@@ -18,7 +18,7 @@ from .sequences import EVERY_STEP, Traversal
 from .weights import State, Weights, size_of
 
 
-def prepare(
+def request_of(
     options: Options, weights: list[list[Weights]], input: Tensor | PackedSequence, hx: Any = None,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
 ) -> Request:  # fmt: skip
@@ -51,7 +51,7 @@ def prepare(
         if role.kept > 1:
             raise ValueError(f"{RESET_STATES} are not supported by {role.name}: its resets leave an empty state")
         if resets is None:
-            raise ValueError(f"Expected resets together with {RESET_STATES}, which say what they leave, got None")
+            raise ValueError(f"Expected resets together with {RESET_STATES}, got None")
         pairs = role.reset_states_in(form, x, sizes, reset_states)
         traversal = traversal._replace(reset_states=pairs)
         others += [t for pair in pairs for t in pair]
@@ -73,13 +73,13 @@ def prepare(
     return Request(x, steps, batch, states, weights, traversal, options, form, now, learns)
 
 
-def prepare_layer(
+def request_of_layer(
     cell: Cell, x: Tensor, weights: Weights, hx: Any = None, *, reverse: bool = False, heads: int = 1,
     backend: Any = None, **rest: Any,
 ) -> Request:  # fmt: skip
     """Return the request of one layer in one direction, checked.
 
-    x is [T, B, I]. If `weights` have no weight_ih, x is the product W_ih x, [T, B, 4H]. See `prepare` for `rest`.
+    x is [T, B, I]. If `weights` have no weight_ih, x is the product W_ih x, [T, B, 4H]. See `request_of` for `rest`.
     """
     checks.check_bool("reverse", reverse)
     checks.check_tensor(x, "input")
@@ -101,7 +101,7 @@ def prepare_layer(
         None if weights.weight_ih is None else x.shape[-1], weights.bias_ih is not None,
         None if backend is None else parse_backend_name(backend), proj_size=projected or 0, reverse=reverse,
     )  # fmt: skip
-    return prepare(options_of(*arguments), [[weights]], x, hx, **rest)
+    return request_of(options_of(*arguments), [[weights]], x, hx, **rest)
 
 
 def _check_tensors(
@@ -154,7 +154,7 @@ def _reset_before_the_first_step(states: list[State], lengths: Tensor | None, re
 def takes_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
     """Whether torch's operator for a cell runs this call on the CPU with the tensors as they are.
 
-    Otherwise `prepare` converts the tensors or raises an error.
+    Otherwise `request_of` converts the tensors or raises an error.
     """
     is_plain = type(x) is Tensor and x.is_cpu and x.dim() == 2 and x.layout is torch.strided and not x.is_nested
     if not is_plain or options.feature is not None:

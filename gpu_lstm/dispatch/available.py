@@ -39,8 +39,7 @@ def select(argument: str | Backend | None, device: torch.device, kind: Kind, tra
     """
     choice, feature = requested_backend(argument), kind.feature
     if choice is Backend.AUTO:
-        other = Backend.TORCH if feature is None else Backend.REFERENCE
-        choice = next((b for b in backends_for(device) if why_not(b, device, kind) is None), other)
+        choice = next((b for b in backends_for(device) if why_not(b, device, kind) is None), kind.other)
     elif not supports(choice, feature):
         able = " or ".join(repr(b.value) for b in (*backends_for(device), Backend.REFERENCE) if supports(b, feature))
         raise ValueError(f"backend {choice.value!r} does not support {feature}; use {able}")
@@ -64,13 +63,15 @@ def why_not(kernels: Backend, device: torch.device, kind: Kind) -> str | None:
     """Return the reason why AUTO does not give a kind of call to a kernel backend, or None if it may."""
     if not supports(kernels, kind.feature):
         return f"backend {kernels.value!r} does not support {kind.feature}"
-    by_rule = is_compiled_once(kernels)
-    if by_rule and (why := cpu_rule.waits(kernels, kind, for_any=True)) is not None:
-        return why  # decided first, so that the packages of the backend are not imported for nothing
+    package = package_of(kernels.value)
+    short = None if package.is_compiled is None else cpu_rule.without_loops(kind)
+    waits = f"the loops are not compiled yet, and are not for it: {short}"
+    if short and not all(map(package.was_compiled, kind.passes)):
+        return waits  # decided first, so that the packages of the backend are not imported for nothing
     if (problem := why_unavailable(kernels, device, kind.dtype)) is not None:
         return str(problem)
-    if by_rule and (why := cpu_rule.waits(kernels, kind)) is not None:
-        return why
+    if short and not all(map(package.is_compiled, kind.passes)):
+        return waits
     lacks = lacking(kernels, kind)
     return lacks and f"backend {kernels.value!r} has no {lacks}"
 

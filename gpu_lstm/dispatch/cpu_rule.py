@@ -5,8 +5,6 @@ seconds, once for a CPU, while most calls take milliseconds. So only calls that 
 loops are compiled, every kind of call is raced as on a card.
 """
 
-from ..call.choices import Backend
-from ..kernels.contract import package_of
 from .kind import Kind
 
 FEWEST_STEPS = 8  # a call of more steps is worth a compilation
@@ -25,20 +23,7 @@ def without_loops(kind: Kind) -> str | None:
     return SHORT if kind.steps <= FEWEST_STEPS else None
 
 
-def waits(kernels: Backend, kind: Kind, for_any: bool = False) -> str | None:
-    """Return why a kind of call does not use the loops, which are not compiled yet; None if it uses them.
-
-    If `for_any`, loops that were compiled for any CPU and version count, too. Then nothing is imported.
-    """
-    is_compiled = package_of(kernels.value).is_compiled
-    if (why := without_loops(kind)) is None or is_compiled is None:
-        return None
-    if all(is_compiled(pass_, for_any) for pass_ in kind.passes):
-        return None
-    return f"the loops are not compiled yet, and are not for it: {why}"
-
-
 def steps_of_a_race(kind: Kind, longest: int) -> int:
     """Return the number of steps of a race, at most `longest`. A race then takes about a second."""
-    units = max(p.batch * p.hidden for p in kind.problems)
+    units = max(1, *(p.batch * p.hidden for p in kind.problems))  # 1: for an empty batch
     return min(longest, max(2 * FEWEST_STEPS, MOST_UNITS // units))

@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..backends import torch_rnn
 from ..backends.plain_inference import can_infer
-from ..backends.torch_rnn import MOST_STEPS
 from ..call import roles
+from ..call.choices import Backend
 from ..call.modes import Recording
 from ..call.request import Request
 from ..call.roles import RESET_STATES
@@ -22,16 +23,22 @@ class Kind(NamedTuple):
 
     problems: tuple[Problem, ...]  # [L*D], the problem of each layer and direction
     inputs: tuple[int | None, ...]  # [L], the input features I of each layer
-    steps: int  # T, rounded up to a power of two; greater than MOST_STEPS + 1 if cuDNN refuses T
+    steps: int  # T, rounded up to a power of two
     training: bool  # whether backward follows forward
     recompute: bool  # whether backward recomputes the gates
     feature: str | None  # the feature that the fewest backends support, in words; None if all support all
+    torch_lacks: str | None = None  # the feature that torch's own layer lacks, in words, or None if it can run the call
     plain: bool = False  # see backends/plain_inference.py
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that layers compute in."""
         return self.problems[0].dtype
+
+    @property
+    def other(self) -> Backend:
+        """The backend that runs the call without kernels of ours."""
+        return Backend.REFERENCE if self.torch_lacks else Backend.TORCH
 
     @property
     def directions(self) -> int:
@@ -42,12 +49,6 @@ class Kind(NamedTuple):
     def passes(self) -> tuple[Pass, ...]:
         """The passes that a layer runs."""
         return (Pass(), Pass(True)) if self.training else (Pass(save=False),)
-
-    @property
-    def torch_lacks(self) -> str | None:
-        """The feature that torch's own layer lacks, in words, or None if torch can run the call."""
-        too_long = self.steps > MOST_STEPS + 1
-        return self.feature or (f"sequences of more than {MOST_STEPS:,} steps" if too_long else None)
 
     def rounded(self) -> "Kind":
         """Return the kind that a race decides about: the batch size is rounded up to a power of two."""
@@ -62,7 +63,7 @@ class Kind(NamedTuple):
         layers = [[inputs, p.hidden, p.projected, p.heads] for inputs, p in of_layers]
         return self.rounded().problems[0].as_json() | {
             "layers": layers, "directions": self.directions, "steps": self.steps, "training": self.training,
-            "recompute": self.recompute, "feature": self.feature,
+            "recompute": self.recompute, "feature": self.torch_lacks,
         }  # fmt: skip
 
 
@@ -89,10 +90,11 @@ def kind_of(call: Request) -> Kind:
         for _, hidden, projected, heads in sizes for d in range(options.directions)
     ]  # fmt: skip
     feature = options.feature or (RESET_STATES if traversal.reset_states is not None else None)
-    power = power_of_two(steps + (steps == MOST_STEPS + 1))
+    long = f"sequences of more than {torch_rnn.MOST_STEPS:,} steps" if torch_rnn.too_long(call.x, steps) else None
     return Kind(
-        tuple(problems), tuple([i for i, *_ in sizes]), power, call.learns, options.recompute, feature, can_infer(call)
-    )
+        tuple(problems), tuple([i for i, *_ in sizes]), power_of_two(steps), call.learns, options.recompute, feature,
+        feature or long, can_infer(call),
+    )  # fmt: skip
 
 
 def dtype_of(call: Request) -> torch.dtype:
@@ -129,5 +131,5 @@ def in_words(key: dict[str, Any]) -> str:
     dtype = key["dtype"].removeprefix("torch.")
     if dtype == "float32" and key["precision"]:
         dtype += f" ({key['precision']})"
-    widths = " -> ".join([str(layers[0][0]), *sizes])
+    widths = " -> ".join([str(layers[0][0] or "W_ih x"), *sizes])
     return f"{key['cell'].upper()} {widths}, T <= {key['steps']}, B <= {key['batch']}, {dtype}, {', '.join(words)}"

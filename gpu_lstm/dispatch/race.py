@@ -109,7 +109,7 @@ def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> De
     entry = None if mode is Racing.OFF else cache.read(cache.RACES, _key(kind, able, device))
     if entry is None:
         return None
-    rivals = [able.value, other_than_kernels(kind).value]
+    rivals = [able.value, kind.other.value]
     if entry["backend"] not in rivals:
         cache.warn_once(f"a race is ignored: expected {' or '.join(rivals)}, got {entry!r}")
         return None
@@ -158,7 +158,7 @@ def _settle(call: Request, kind: Kind, able: Backend, mode: Racing, decision: De
     There is no lock: a race waits for autograd's thread, and that thread may be deciding as well, in a checkpoint that
     it recomputes. Threads that decide at the same time do so independently, and the first result is kept.
     """
-    other = other_than_kernels(kind)
+    other = kind.other
     with _generator(torch.device("cpu")).changed(), _generator(call.x.device).changed(), alone(grad=kind.training):
         try:
             _sample(call, kind, able, 2)()  # compiles and verifies the kernels
@@ -190,7 +190,7 @@ def _is_raced(kind: Kind, able: Backend) -> bool:
 
 def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """Race kernels that are known to run. Where no race is allowed, return the expected decision."""
-    device, other, expected = call.x.device, other_than_kernels(kind), expected_winner(kind, able, call.x.device)
+    device, other, expected = call.x.device, kind.other, expected_winner(kind, able, call.x.device)
     if mode is not Racing.ON or not _is_raced(kind, able):
         return expected
     most = cpu_rule.steps_of_a_race(kind, LONGEST) if is_compiled_once(able) else LONGEST
@@ -220,7 +220,7 @@ def build(call: Request, kind: Kind, backend: Backend) -> Route:
     schedule = schedule_of(call, dtype.itemsize)
     problems = [problem._replace(side_by_side=schedule.side_by_side, dtype=dtype) for problem in kind.problems]
     layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
-    return Route(backend, dtype, None, layers, schedule, kind.plain, kind.dtype if wide else None)
+    return Route(backend, kind.dtype, None, layers, schedule, kind.plain, wide)
 
 
 def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
@@ -256,11 +256,6 @@ def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[
             raise RivalFailed(backend.value) from error
 
     return run
-
-
-def other_than_kernels(kind: Kind) -> Backend:
-    """Return the backend that runs a kind of call without kernels of ours."""
-    return Backend.REFERENCE if kind.torch_lacks else Backend.TORCH
 
 
 def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:

@@ -14,12 +14,11 @@ from ..execution.operators import AUTO, BACKEND_OF, count_flops, operator_name
 from ..kernels import cache, layer
 from ..kernels.problem import Problem
 from . import available, race
-from .kind import Kind, describe, dtype_of, kind_of
+from .kind import Kind, describe, kind_of
 from .run import Route, execute
 
 MOST_ROUTES = 4096  # the number of routes that are kept; a program with more kinds of calls decides again
 BATCH_OF_A_GRAPH = 16  # the assumed batch size, since a graph serves all batch sizes
-TOO_MANY = MOST_STEPS + 1  # the least T that cuDNN refuses; it is rounded up to the next power of two, as in `kind_of`
 
 _routes: dict[tuple, Route] = {}
 
@@ -37,9 +36,9 @@ def route_of(call: Request) -> Route:
     # All facts from which the Kind follows, as a call has them at hand. Steps are rounded as in `kind_of`. bias_c is
     # the only tensor of lstm_layer whose presence does not follow from the options.
     key = (
-        call.options, x.dtype, call.states[0][1].dtype, x.device, (steps - (steps != TOO_MANY)).bit_length(),
-        call.batch, call.form.packed is None, None if lengths is None else lengths.dtype, resets is None,
-        reset_states is None, call.learns, call.modes, call.weights[0][0].bias_c is None,
+        call.options, x.dtype, call.states[0][1].dtype, x.device, (steps - 1).bit_length(),
+        steps > MOST_STEPS, call.batch, call.form.packed is None, None if lengths is None else lengths.dtype,
+        resets is None, reset_states is None, call.learns, call.modes, call.weights[0][0].bias_c is None,
     )  # fmt: skip
     route = _routes.get(key)
     if route is None:
@@ -49,7 +48,7 @@ def route_of(call: Request) -> Route:
         except torch.OutOfMemoryError:
             if requested_backend(call.options.backend) is not Backend.AUTO:
                 raise
-            backend = race.other_than_kernels(kind)
+            backend = kind.other
             what = f"backend 'auto' uses {backend.value!r} for {describe(kind, x.device)}"
             cache.warn_once(f"{what}: memory is full, where the kernels have to be verified")
             return race.build(call, kind, backend)  # not kept, so the next call tries again
@@ -83,18 +82,13 @@ def _route_while_watched(call: Request) -> Route:
     kind = kind_of(call._replace(steps=1, batch=1))
     backend = able_to_run(call, kind)
     if backend not in KERNEL_BACKENDS:
-        return Route(backend, dtype_of(call))
+        return Route(backend, kind.dtype)
     name = operator_name(backend, call.options.backend)
     if name.startswith(AUTO) and available.is_compiled_once(backend):
         # A program that is recorded here should also run where the package of this backend is missing.
-        return Route(race.other_than_kernels(kind), dtype_of(call))
+        return Route(kind.other, kind.dtype)
     count_flops()
-    return operators_route(backend, dtype_of(call), name, computes_in_float32(backend, dtype_of(call)))
-
-
-def operators_route(backend: Backend, dtype: torch.dtype, operators: str | None, wide: bool) -> Route:
-    """Return the route of a call whose layers are operators, with results in `dtype`, computed in float32 if `wide`."""
-    return Route(backend, torch.float32 if wide else dtype, operators, results=dtype if wide else None)
+    return Route(backend, kind.dtype, name, wide=computes_in_float32(backend, kind.dtype))
 
 
 def _route_in_a_graph(call: Request) -> Route:
@@ -117,10 +111,10 @@ def _route_in_a_graph(call: Request) -> Route:
     if problem:
         raise getattr(builtins, name, RuntimeError)(problem)  # errors of torch, as for full memory, are RuntimeErrors
     if call.modes.recording == Recording.ONNX and name.startswith(AUTO):
-        name, wide = race.other_than_kernels(kind).value, False
+        name, wide = kind.other.value, False
     backend, compiled = BACKEND_OF[name], call.modes.recording == Recording.COMPILED
     operators = name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None
-    return operators_route(backend, kind.dtype, operators, wide)
+    return Route(backend, kind.dtype, operators, wide=wide)
 
 
 @constant_when_traced

@@ -20,12 +20,12 @@ class Route(NamedTuple):
     """The decisions for a kind of call."""
 
     backend: Backend
-    dtype: torch.dtype  # the dtype that layers compute in
+    dtype: torch.dtype  # the dtype of results, in which layers compute unless `wide`
     operators: str | None = None  # the backend's operator_name, if layers run as operators, as in graphs
     layers: Sequence[Layer] = ()  # [L*D], if kernels run in eager mode
     schedule: Schedule | None = None  # if kernels run in eager mode
     plain: bool = False  # whether backends/plain_inference.py may run the call
-    results: torch.dtype | None = None  # the dtype that results are rounded to, or None if layers compute in it
+    wide: bool = False  # whether layers compute in float32, and results are rounded to `dtype`
 
 
 def execute(route: Route, request: Request, record: reference.Record | None = None) -> tuple[Any, Any]:
@@ -33,8 +33,8 @@ def execute(route: Route, request: Request, record: reference.Record | None = No
 
     The reference calls `record` with the Steps of each layer and direction.
     """
-    backend, dtype, operators, layers, scheduled, plain, results = route
-    options, form = request.options, request.form
+    backend, results, operators, layers, scheduled, plain, wide = route
+    options, form, dtype = request.options, request.form, torch.float32 if wide else results
     if options.drops_weights:
         request = request._replace(weights=with_weight_drop(request.weights, options))
     y: Tensor | None
@@ -50,6 +50,6 @@ def execute(route: Route, request: Request, record: reference.Record | None = No
         y, states = torch_rnn.by_torch(request.call(), dtype)
     else:
         y, states = reference.by_reference(request.call(), dtype, record)
-    if results is not None and y is not None:
+    if wide and y is not None:
         y, states = rounded(request.call(), results, y, states)
     return y if y is None else form.output(y), options.role.states_out(form, states)

@@ -56,5 +56,5 @@ def _tell_what_a_program_needs() -> None:
     """Log once per process what an exported program needs. It is no Python warning, since nothing is wrong."""
     _log_once(
         "the exported program calls operators of gpu_lstm: it loads only where that was imported before; export "
-        "gpu_lstm.to_torch(model) for one that needs torch alone"
+        "gpu_lstm.to_torch(model) for one that needs torch alone, unless the model has an SLSTM"
     )

@@ -234,20 +234,16 @@ def to_keras(module: nn.Module) -> Any:
     if rnn.bidirectional:
         layer = keras.layers.Bidirectional(layer, dtype=dtype)
     layer.build((None, None, rnn.input_size))
-    for cell, w, size in zip(_cells_of(keras, layer), weights, units):
-        _assign_to(cell, [pair.reordered(t) for t in w._replace(weight_hh=dense(w.weight_hh, size)).present()])
+    arrays: list[Tensor] = []  # by way of float64, which represents the numbers of every dtype exactly
+    for w, size in zip(weights, units):
+        tensors = w._replace(weight_hh=dense(w.weight_hh, size)).present()
+        weight_ih, weight_hh, *biases = [pair.reordered(t.detach()).cpu().double() for t in tensors]
+        arrays += [weight_ih.T, weight_hh.T]
+        if biases:
+            arrays.append(sum(biases) if pair is OF_LSTM else torch.stack(biases))  # type: ignore[arg-type]
+    layer.set_weights([t.numpy() for t in arrays])
     layer.trainable = any(parameter.requires_grad for parameter in rnn.parameters())
     return layer
-
-
-def _assign_to(cell: Any, tensors: list[Tensor]) -> None:
-    """Set the variables of a Keras cell. The numbers pass through float64, which represents every dtype exactly."""
-    weight_ih, weight_hh, *biases = [tensor.detach().cpu().double() for tensor in tensors]
-    cell.kernel.assign(weight_ih.T.numpy())
-    cell.recurrent_kernel.assign(weight_hh.T.numpy())
-    if biases:
-        both = torch.stack(biases).numpy()
-        cell.bias.assign(both if len(cell.bias.shape) == 2 else both.sum(0))
 
 
 def lengths_of(mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from ..call import roles
 from ..call.checks import check_bool, check_heads, check_positive, check_unprojected
 from ..call.choices import BackendName, parse_backend_name
 from ..call.options import NORMS, Options, options_of
-from ..call.prepare import prepare
+from ..call.prepare import request_of
 from ..call.regularisers import BY_NAME, OURS, REGULARISER_NAMES
 from ..call.request import Request
 from ..call.weights import LAYER_NORM, PEEPHOLES, weights_now
@@ -59,7 +59,8 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
     return tuple(norm for norm in NORMS if norm in layer_norm)
 
 
-OF_CELLS = ("_peepholes", "_norms", "heads", "input_size", "bias", "backend")
+OF_VARIANTS = ("_peepholes", "_norms", "heads")
+OF_CELLS = (*OF_VARIANTS, "input_size", "bias", "backend")
 OF_LAYERS = (*OF_CELLS, "bidirectional", "batch_first", "training", "recompute", "proj_size")
 """The attributes that become the Arguments of a module, in this order from `peepholes` on. Cells have OF_CELLS."""
 
@@ -111,20 +112,19 @@ class DropIn(Checked):
         check_bool(PEEPHOLES, peepholes)
         check_unprojected(bool(norms), projected)
         check_heads(heads, given["hidden_size"], projected, norms)
-        if heads != 1:
-            self.heads = heads  # reset_parameters reads it
-        self._init_torchs(**given)
-        if not (peepholes or norms):
-            return
-        if not self._cell.normalises:
+        if (peepholes or norms) and not self._cell.normalises:
             raise ValueError(f"{self._cell.name} cells have no peepholes and no layer norm")
-        self._peepholes, self._norms = peepholes, norms
+        self.heads, self._peepholes, self._norms = heads, peepholes, norms
+        self.reset_parameters = lambda: None  # torch's constructor calls it before all parameters are there
+        self._init_torchs(**given)
+        del self.reset_parameters
         options, like = self._options(), next(self.parameters())
         for directions, sizes in zip(options.names, options.weight_sizes):
             for name, size in [each for names in directions for each in zip(names, sizes)]:
-                if name is not None and name not in self._parameters:  # a parameter of a variant
+                # torch made W_hh for one head, and no parameter of a variant.
+                if name is not None and getattr(self._parameters.get(name), "shape", None) != size:
                     self.register_parameter(name, nn.Parameter(like.new_empty(size)))
-                    self._draw(name, self._parameters[name])
+        self.reset_parameters()
 
     def reset_parameters(self: Any) -> None:
         """Initialize all parameters again, in their order. The same seed gives the weights that the constructor drew.
@@ -132,22 +132,13 @@ class DropIn(Checked):
         Weights and biases are drawn from U(-b, b), where b = 1 / sqrt(H), as in torch. With heads b = 1 / sqrt(D) for
         W_hh, where D = H / heads, since a head is like a layer with D units. Gains are set to one, bias_c to zero.
         """
-        for name, parameter in list(self.named_parameters()):
-            self._draw(name, parameter)
-
-    def _draw(self: Any, name: str, parameter: nn.Parameter) -> None:
-        """Initialize one parameter. With heads W_hh is replaced by a parameter of its smaller shape."""
-        units = self.hidden_size
-        if self.heads > 1 and name.startswith("weight_hh"):
-            units = self.hidden_size // self.heads
-            if parameter.shape[1] != units:  # torch's constructor made it for one head
-                parameter = nn.Parameter(parameter.new_empty(len(parameter), units))
-                setattr(self, name, parameter)
-        if name.startswith(("gain_", "bias_c")):
-            nn.init.constant_(parameter, float(name.startswith("gain_")))
-        else:
-            bound = units**-0.5 if units > 0 else 0.0  # a cell may have no units
-            nn.init.uniform_(parameter, -bound, bound)
+        for name, parameter in self.named_parameters():
+            if name.startswith(("gain_", "bias_c")):
+                nn.init.constant_(parameter, float(name.startswith("gain_")))
+            else:
+                units = self.hidden_size // (self.heads if name.startswith("weight_hh") else 1)
+                bound = units**-0.5 if units > 0 else 0.0  # a cell may have no units
+                nn.init.uniform_(parameter, -bound, bound)
 
     def extra_repr(self: Any) -> str:
         """Return torch's extra_repr, followed by our own arguments that are not at their defaults."""
@@ -270,7 +261,7 @@ class Layers(Checked):
     ) -> Request:  # fmt: skip
         """Return the request of a call, checked."""
         options = self._options()
-        return prepare(options, self._weights(options.names), input, hx, lengths, resets, reset_states)
+        return request_of(options, self._weights(options.names), input, hx, lengths, resets, reset_states)
 
     def _options(self: Any) -> Options:
         """Return the Options that follow from the current attributes."""
@@ -310,7 +301,7 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     twin = cls.__new__(cls)
     dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; a compiled call of `module`
     if not issubclass(cls, Checked):
-        dropped += [*OWN, *(name for name in OURS if not module.__dict__.get(name))]
+        dropped += [*OWN, *OF_VARIANTS, *(name for name in OURS if not module.__dict__.get(name))]
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in dropped})
     for registry in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[registry] = twin.__dict__[registry].copy()
@@ -318,7 +309,6 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
         for name, weight in twin._parameters.items():
             if name.startswith("weight_hh") and weight is not None:
                 twin._parameters[name] = nn.Parameter(dense(weight.detach(), module.hidden_size), weight.requires_grad)
-        del twin.heads
     if isinstance(twin, RNNBase):
         twin._init_flat_weights()
     return twin

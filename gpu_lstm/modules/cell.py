@@ -1,7 +1,7 @@
 """The modules LSTMCell and GRUCell, which replace torch.nn.LSTMCell and torch.nn.GRUCell."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,13 +13,21 @@ from ..backends.torch_rnn import step_of_cell
 from ..call import roles
 from ..call.choices import AnyBackend
 from ..call.options import Options, options_of
-from ..call.prepare import prepare, takes_torchs_cell
+from ..call.prepare import request_of, takes_torchs_cell
 from ..call.weights import State
 from ..dispatch.route import run_call
 from ..kernels.cells import GRU, LSTM
 from ..kernels.private import fx_is_tracing
 from .arguments import OF_CELLS, DropIn, HasVariants
 from .tracing import traced
+
+Of = TypeVar("Of", State, Tensor)
+
+
+class CalledCell(Protocol[Of]):
+    """The type of a call of a cell. nn.Module declares that a call returns Any."""
+
+    def __call__(self, input: Tensor, hx: Of | None = None) -> Of: ...
 
 
 class RecurrentCell(DropIn):
@@ -50,7 +58,7 @@ class RecurrentCell(DropIn):
         if takes_torchs_cell(options, input, state, weights[0][0]):
             found = step_of_cell(options.cell, input, (state[0], state[-1]), weights[0][0])
             return found[0] if options.one_state else found
-        return run_call(prepare(options, weights, input, hx))[1]
+        return run_call(request_of(options, weights, input, hx))[1]
 
     def _init_torchs(self: Any, **arguments: Any) -> None:
         RNNCellBase.__init__(self, num_chunks=self._cell.rows, **arguments)
@@ -77,6 +85,8 @@ class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
     """
 
     _cell, _torchs = LSTM, rnn.LSTMCell
+    __call__: CalledCell[State]
+    forward: CalledCell[State]  # type: ignore[assignment]
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Device = None,
@@ -84,11 +94,6 @@ class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
-
-    if TYPE_CHECKING:
-
-        def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
-        def forward(self, input: Tensor, hx: State | None = None) -> State: ...
 
 
 class GRUCell(RecurrentCell, RNNCellBase):
@@ -107,14 +112,11 @@ class GRUCell(RecurrentCell, RNNCellBase):
     """
 
     _cell, _torchs = GRU, rnn.GRUCell
+    __call__: CalledCell[Tensor]
+    forward: CalledCell[Tensor]  # type: ignore[assignment]
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Device = None,
         dtype: torch.dtype | None = None, *, backend: AnyBackend = None, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
-
-    if TYPE_CHECKING:
-
-        def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
-        def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...

@@ -70,6 +70,9 @@ class Stack(Layers, nn.Module):
         """Return the current weights by layer and direction, [L][D]. See `weights_now` for `names`."""
         return [weights_now(module, (of_layer,))[0] for module, of_layer in zip(self.layers, names)]
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError(f"a {type(self).__name__} has no counterpart in torch.nn, and cannot be scripted")
+
     def extra_repr(self) -> str:
         changed = repr_of(self, "bias", "batch_first", "dropout", "bidirectional", "residual")
         return f"{self.input_size}, {self.hidden_sizes}{changed}"

@@ -137,11 +137,8 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
 def _check_that_torch_has_it(where: str, module: Any) -> None:
     """Raise unless torch.nn has a module that computes the same. `where` names the module in the error."""
     if isinstance(module, Stack):
-        cls, states = module._cell.name.upper(), "a pair" if len(module._cell.states) == 2 else "a tensor"
-        raise TypeError(
-            f"{where} is a Stacked{cls} of sizes {module.hidden_sizes}, with {states} of states a layer; a "
-            f"torch.nn.{cls} has layers of one size, and {states.replace('a ', 'one ')} of states for all"
-        )
+        cls, has = module._cell.name.upper(), "has layers of one size, and no list of states"
+        raise TypeError(f"{where} is a Stacked{cls} of sizes {module.hidden_sizes}; a torch.nn.{cls} {has}")
     for name in NOT_OF_TORCH if type(module) in _THEIRS else ():
         if value := getattr(module, name, 0.0):
             raise ValueError(f"{where} has {name}={value}, which {_name(_THEIRS[type(module)])} has not")
@@ -151,6 +148,9 @@ def check_layers(function: str, module: object, classes: Any = Layers) -> None:
     """Raise TypeError unless `function` accepts `module`, which has to be of one of these classes."""
     if not isinstance(module, classes):
         advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, rnn.LSTM | rnn.GRU)
+        children = module.named_modules() if isinstance(module, nn.Module) else ()
+        if inside := [path for path, child in children if isinstance(child, classes)]:
+            advice = f": give it the module {inside[0]!r} of it"
         raise TypeError(f"{function} accepts an LSTM, a GRU, an SLSTM or a stack, got {type(module).__name__}{advice}")
 
 

@@ -48,7 +48,7 @@ class Direction:
 
     layer: int
     name: str  # "forward" or "reverse": the direction in time
-    input_size: int
+    input_size: int | None  # None: the caller computes W_ih x
     hidden_size: int
     proj_size: int
     heads: int
@@ -75,7 +75,7 @@ class Explanation:
         lines += [f"  not used   {name}: {why_not}" for name, why_not in self.others.items()]
         for d in self.layers:
             projected = f", projected to {d.proj_size}" if d.proj_size else f" of {d.heads} heads" * (d.heads > 1)
-            lines.append(f"  layer {d.layer}, {d.name}: {d.input_size} -> {d.hidden_size}{projected}")
+            lines.append(f"  layer {d.layer}, {d.name}: {d.input_size or 'W_ih x'} -> {d.hidden_size}{projected}")
             for each in d.passes:
                 lines.append(f"    {each.name}: {each.family}, {each.tiles}; {each.origin}, {each.checked}")
                 lines += [f"      {each.why}", f"      launches of the recurrence: {each.launches}"]
@@ -94,11 +94,12 @@ def explain(
     `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
 
     Args:
-        module: An LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a cell of `use_for_slstm`.
+        module: An LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a cell of `use_for_slstm`. For a model that contains
+            one of them, give that module and its input.
         x: As `module` accepts it. Only its shape, dtype, device and requires_grad matter.
         hx: Ignored.
         lengths, resets, reset_states: As `module` accepts them. It matters only whether they are given and, on a CPU,
-            whether a reset comes after the first step.
+            whether a reset comes after the first step. For a cell of `use_for_slstm` they are ignored.
 
     Returns:
         An Explanation. `print` shows it as text, `dataclasses.asdict` turns it into data.
@@ -194,7 +195,7 @@ def _how(call: Request, backend: Backend) -> str:
     if packed and call.traversal.resets is None and type(call.options.role) is Module:
         return f"{theirs} runs the PackedSequence as it is"
     if packed or not call.traversal.is_plain():
-        return f"{theirs}, a call for each layer and direction; gates are shut from outside at ends and resets"
+        return f"{theirs}, a call for each layer and direction; added input features hold or clear its state"
     return f"{theirs}, {'all layers in one call' if call.options.in_one_call else 'a call for each layer'}"
 
 

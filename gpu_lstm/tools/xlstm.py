@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from ..call.checks import check_bool
 from ..call.choices import Backend
 from ..call.modes import modes
-from ..call.prepare import prepare_layer
+from ..call.prepare import request_of_layer
 from ..call.request import Request
 from ..call.weights import Weights
 from ..equations.slstm import next_sum, states_from, states_of
@@ -146,7 +146,7 @@ class ByOurs(nn.Module):
         z, kernel, bias = self._tensors(input)
         if is_short(z, kernel, None):
             return None
-        return prepare_layer(SLSTM, z, Weights(None, _weight_hh(kernel), bias), heads=len(kernel))
+        return request_of_layer(SLSTM, z, Weights(None, _weight_hh(kernel), bias), heads=len(kernel))
 
 
 def _weight_hh(kernel: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 
 from ..cache import Key
 
-DEVICES, is_compiled = ("cuda",), None
+DEVICES, was_compiled, is_compiled = ("cuda",), None, None
 DTYPES, IN_FLOAT32 = (torch.float16, torch.bfloat16, torch.float32), ()
 PACKAGES = ("cupy-cuda12x", "cupy-cuda13x")
 _CUDA = "12" if (torch.version.cuda or "").startswith("12.") else "13"

@@ -43,7 +43,10 @@ def name_of_folder() -> str:
     return hashlib.sha256(repr((cache.sources("kernels"), made_by())).encode()).hexdigest()[:16]
 
 
-def is_compiled(pass_: Pass, for_any: bool = False) -> bool:
-    folder = "*" if for_any else name_of_folder()
+def was_compiled(pass_: Pass, folder: str = "*") -> bool:
     of_loop = f"compiled/{folder}/__pycache__/*.{LOOPS[pass_.backward]}-*.nbi"
     return any(file for root in cache.folders() for file in root.glob(of_loop))
+
+
+def is_compiled(pass_: Pass) -> bool:
+    return was_compiled(pass_, name_of_folder())

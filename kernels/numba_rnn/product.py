@@ -22,6 +22,7 @@ LANES = 16 if "+avx512f" in FEATURES else 8 if "+avx2" in FEATURES else 4
 HEIGHT = 4 if "+sse2" in FEATURES and LANES < 16 else 8  # sums are in 12 of 16 registers, or in 24 of 32
 VECTORS = 3
 PANEL, HALF = LANES * VECTORS, LANES // 2  # columns of a panel; rows that `dots` multiplies at once
+ADDENDS = 128  # the most products that are added one after another; the error of a longer sum would be larger
 SEQUENCES = 4  # a thread takes a multiple of so many
 REAL, INDEX = ir.FloatType(), ir.IntType(64)
 VECTOR = ir.VectorType(REAL, LANES)
@@ -52,8 +53,8 @@ class Emit:
         one = self.builder.insert_element(undefined, number, ir.IntType(32)(0))
         return self.shuffle(one, undefined, [0] * LANES)
 
-    def sums(self, start: Any, step: int, end: Any, count: int, add: Any) -> list[Any]:
-        """Emit a loop over k from `start` to `end`, at least one pass, and return `count` vectors of sums.
+    def sums(self, step: int, end: Any, count: int, add: Any) -> list[Any]:
+        """Emit a loop over k from 0 to `end`, at least one pass, and return `count` vectors of sums.
 
         add(k) emits one pass, and returns a pair of factors for each sum.
         """
@@ -66,7 +67,7 @@ class Emit:
         k, sums = builder.phi(INDEX), [builder.phi(VECTOR) for _ in range(count)]
         new = [builder.call(multiply_add, [*factors, old]) for factors, old in zip(add(k), sums)]
         following = builder.add(k, INDEX(step))
-        for phi, first, next_ in zip([k, *sums], [start, *[ZEROS] * count], [following, *new]):
+        for phi, first, next_ in zip([k, *sums], [INDEX(0), *[ZEROS] * count], [following, *new]):
             phi.add_incoming(first, before)
             phi.add_incoming(next_, body)
         builder.cbranch(builder.icmp_signed("<", following, end), body, done)
@@ -91,27 +92,36 @@ def emitted(count: int) -> Any:
     return function
 
 
-@emitted(8)
+@emitted(9)
 def block(
-    e: Emit, rows: Any, vectors: Any, x: Any, x_stride: Any, panel: Any, out: Any, out_stride: Any, K: Any
+    e: Emit, rows: Any, vectors: Any, x: Any, x_stride: Any, panel: Any, out: Any, out_stride: Any, K: Any, adds: Any
 ) -> None:
-    """out [rows, columns] = x [rows, K] panel [K, columns]. `vectors` counts vectors of columns, rows are 2^n."""
+    """out [rows, columns] = x [rows, K] panel [K, columns]. If `adds` is not 0, add the product to `out` instead.
+
+    `vectors` counts vectors of columns, rows are 2^n.
+    """
     builder = e.builder
     done = builder.append_basic_block()
     choice = builder.switch(builder.add(builder.mul(rows, INDEX(VECTORS)), vectors), done)
 
     def emit(count: int, wide: int) -> None:
-        of_x, to = (
-            [e.at(t, builder.mul(by, INDEX(r))) for r in range(count)] for t, by in ((x, x_stride), (out, out_stride))
-        )
+        of_x = [e.at(x, builder.mul(x_stride, INDEX(r))) for r in range(count)]
 
         def factors(k: Any) -> list[Any]:
             start = e.at(panel, builder.mul(k, INDEX(LANES * wide)))
             w = [e.load(e.at(start, INDEX(LANES * n))) for n in range(wide)]
             return [(a, each) for row in of_x for a in [e.broadcast(e.load(e.at(row, k), REAL))] for each in w]
 
-        for n, sum_ in enumerate(e.sums(INDEX(0), 1, K, count * wide, factors)):
-            e.store(sum_, e.at(to[n // wide], INDEX(LANES * (n % wide))))
+        sums = e.sums(1, K, count * wide, factors)
+        to = [e.at(out, builder.mul(out_stride, INDEX(r))) for r in range(count)]
+        places = [e.at(row, INDEX(LANES * n)) for row in to for n in range(wide)]
+        with builder.if_else(builder.icmp_signed("!=", adds, INDEX(0))) as (added, first):
+            with added:
+                for sum_, place in zip(sums, places):
+                    e.store(builder.fadd(e.load(place), sum_), place)
+            with first:
+                for sum_, place in zip(sums, places):
+                    e.store(sum_, place)
 
     for r, wide in itertools.product(range(HEIGHT.bit_length()), range(1, VECTORS + 1)):
         here = builder.append_basic_block()
@@ -151,7 +161,7 @@ def dots(
             a, w = ([e.load(e.at(row, k)) for row in of] for of in (of_x, of_w))
             return list(itertools.product(a, w))
 
-        sums, size = e.sums(INDEX(0), LANES, builder.and_(K, INDEX(-LANES)), count * HALF, factors), 1
+        sums, size = e.sums(LANES, builder.and_(K, INDEX(-LANES)), count * HALF, factors), 1
         while size < LANES:  # two vectors become one, which has the sums of neighbours
             lanes = [start + t + n for start in range(0, LANES, 2 * size) for t in (0, LANES) for n in range(size)]
             pairs = zip(sums[::2], sums[1::2] or sums)  # with one row, the last vector is added to itself
@@ -194,11 +204,13 @@ def by_panels(x, x_stride, panels, out, out_stride, count, K, N, scratch):
             while rows > count - b:
                 rows //= 2
             to = out + SIZE * (b * out_stride + n)
-            of_x, panel = x + SIZE * b * x_stride, panels + SIZE * n * K
-            if columns % LANES == 0:
-                block((rows, vectors, of_x, x_stride, panel, to, out_stride, K))
-            else:
-                block((rows, vectors, of_x, x_stride, panel, scratch, PANEL, K))
+            place, stride = (to, out_stride) if columns % LANES == 0 else (scratch, PANEL)
+            of_x, panel, k = x + SIZE * b * x_stride, panels + SIZE * n * K, 0
+            while k < K:  # a loop over a range would take longer
+                at = of_x + SIZE * k, x_stride, panel + SIZE * k * vectors * LANES
+                block((rows, vectors, *at, place, stride, min(ADDENDS, K - k), k))
+                k += ADDENDS
+            if columns % LANES:
                 for r in range(rows):
                     move(to, r * out_stride, scratch, r * PANEL, columns)
             b += rows

@@ -4,7 +4,7 @@ import torch
 
 from ..cache import Key, version_of
 
-DEVICES, is_compiled = ("cuda",), None
+DEVICES, was_compiled, is_compiled = ("cuda",), None, None
 DTYPES, IN_FLOAT32 = (torch.float16, torch.bfloat16, torch.float32), ()
 PACKAGES, NEEDS = ("triton",), "Triton: pip install triton"
 

@@ -48,9 +48,9 @@ from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, 
 
 # The cell of each thread. All fields are [THREADS]:
 #   local, place, unit    the number of the cell's unit among the program's units, in the head, and in the layer
-#   column                the number of the cell's sequence in the batch tile
+#   slot                  the number of the cell's sequence in the batch tile
 #   is_cell, is_word      whether the thread has a cell, and whether it publishes a word
-Owned = namedtuple("Owned", "local place unit column is_cell is_word")
+Owned = namedtuple("Owned", "local place unit slot is_cell is_word")
 # The cell of each thread in one turn: the number of the batch tile; and the unit, Sequences, Position and Offsets, each
 # [THREADS].
 Here = namedtuple("Here", "tile unit sequence position cells")
@@ -58,9 +58,9 @@ Here = namedtuple("Here", "tile unit sequence position cells")
 # [THREADS], and the result of a look ahead at the words, a tuple of 4 CHUNKS [THREADS] int32, or an empty tuple.
 Before = namedtuple("Before", "words index seen")
 # The sums over all warps that each thread computes. The first four fields are tuples with a [THREADS] for each sum: its
-# row and column in the product, its unit, and whether it is published for the partners. The last field [THREADS] says
-# whether the thread has any sum.
-Sums = namedtuple("Sums", "rows columns units published wanted")
+# row in the product, the slot of its sequence, its unit, and whether it is published for the partners. The last field
+# [THREADS] says whether the thread has any sum.
+Sums = namedtuple("Sums", "rows slots units published wanted")
 
 
 @triton.jit
@@ -81,17 +81,17 @@ def next_turn(step, tile, steps: tl.constexpr, B):
 def cell_of_thread(first_place, S: tl.constexpr):
     """Return the cell that each thread owns, in a program with UNITS units from `first_place` on, as Owned."""
     thread = tl.arange(0, 32 * S.WARPS)
-    local, column = thread % S.UNITS, thread // S.UNITS
-    place, in_tile = first_place + local, column < SEQUENCES
+    local, slot = thread % S.UNITS, thread // S.UNITS
+    place, in_tile = first_place + local, slot < SEQUENCES
     is_word = in_tile & (place < S.W * S.PER) & (thread % S.PER == 0)
     is_cell, unit = in_tile & (place < S.D), indexing.units_at(place, S)
-    return Owned(local, place, unit, column % SEQUENCES, is_cell, is_word)
+    return Owned(local, place, unit, slot % SEQUENCES, is_cell, is_word)
 
 
 @triton.jit
 def here_at(step, tile, owned, batch, S: tl.constexpr):
     """Return the thread's cell at a step of a batch tile, as Here."""
-    sequence = indexing.sequences(tile * SEQUENCES + owned.column, batch)
+    sequence = indexing.sequences(tile * SEQUENCES + owned.slot, batch)
     position = indexing.position(step, sequence, batch, S.REVERSE)
     cells = indexing.cells_at(sequence, position, owned.unit, owned.is_cell, S.H)
     return Here(tile, owned.unit, sequence, position, cells)
@@ -162,7 +162,7 @@ def gates_of_cell(products, owned, turn, S: tl.constexpr):
     for n in tl.static_range(GATES):
         rows = rows + (owned.local + n * S.UNITS,)
     wanted = threads(S.WARPS).number < SEQUENCES * S.UNITS
-    return after_zeros(sum_over_warps(products, rows, (owned.column,), wanted, turn % 2, S.WARPS))
+    return after_zeros(sum_over_warps(products, rows, (owned.slot,), wanted, turn % 2, S.WARPS))
 
 
 @triton.jit(repr=name_in_profiles("cooperative_forward_kernel"), do_not_specialize=["T", "B"])
@@ -251,15 +251,15 @@ def sums_of_thread(first_place, S: tl.constexpr):
     With partners the sums cover the units of all partners.
     """
     ROWS: tl.constexpr = S.PARTNERS * S.UNITS
-    rows, columns, units, published = (), (), (), ()
+    rows, slots, units, published = (), (), (), ()
     for n in tl.static_range((ROWS + 4 * S.WARPS - 1) // (4 * S.WARPS)):
         number = tl.arange(0, 32 * S.WARPS) + n * 32 * S.WARPS
         rows = rows + (number % ROWS,)
-        columns = columns + (number // ROWS % SEQUENCES,)
+        slots = slots + (number // ROWS % SEQUENCES,)
         place = first_place + rows[n]
         units = units + (indexing.units_at(place, S),)
         published = published + ((number < SEQUENCES * ROWS) & (place < S.D),)
-    return Sums(rows, columns, units, published, threads(S.WARPS).number < SEQUENCES * ROWS)
+    return Sums(rows, slots, units, published, threads(S.WARPS).number < SEQUENCES * ROWS)
 
 
 @triton.jit
@@ -275,7 +275,7 @@ def sum_of_partners(found, sums, partials_ptr, here, wait, B, S: tl.constexpr):
         ROW: tl.constexpr = PARTNERS * S.H  # words of a sequence in partials
         own_ptr = partials_ptr + tl.program_id(0) % PARTNERS * S.H
         for n in tl.static_range(len(found)):
-            index = here.tile * SEQUENCES + sums.columns[n]
+            index = here.tile * SEQUENCES + sums.slots[n]
             word_ptr = own_ptr + index.to(tl.int64) * ROW + sums.units[n]
             publish(word_ptr, in_phase(pack(found[n], tl.float32), wait.phase), sums.published[n] & (index < B))
         first_ptr = partials_ptr + here.sequence.index.to(tl.int64) * ROW + here.unit
@@ -329,7 +329,7 @@ def cooperative_backward_kernel(
         wait = Wait(error_ptr, step, delay, None)
         dgates, delay = collect(words, wait, (), S.CHUNKS, 4, S.STRIDE, neighbours(S.K))
         products = product(weights, dgates, DTYPE)
-        found = sum_over_warps(products, sums.rows, sums.columns, sums.wanted, turn % 2, S.WARPS)
+        found = sum_over_warps(products, sums.rows, sums.slots, sums.wanted, turn % 2, S.WARPS)
         wait = Wait(error_ptr, step, delay_of_sums, (T - 1 - step) % 2)
         dh, delay_of_sums = sum_of_partners(found, sums, partials_ptr, here, wait, B, S)
         dh = states.gradient_of_h(tl.where(next_continues, dh, 0.0), dh_given, hidden, cells)

@@ -38,21 +38,21 @@ from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPoint
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 
 # The cells of each thread. Every field is a tuple with one entry for each cell: its unit, the unit's place in the head
-# of the program and the column of the batch tile, all [THREADS], and its Sequences.
-Owned = namedtuple("Owned", "units places columns sequences")
+# of the program and the sequence's slot, its number in the batch tile, all [THREADS], and its Sequences.
+Owned = namedtuple("Owned", "units places slots sequences")
 
 
 @triton.jit
 def cells_of_thread(batch, S: tl.constexpr):
     """Return the Owned cells of each thread."""
     thread = threads(S.WARPS)
-    units, places, columns, sequences = (), (), (), ()
+    units, places, slots, sequences = (), (), (), ()
     for n in tl.static_range(S.UNITS // S.WARPS // 4):
         places = places + (thread.warp * (S.UNITS // S.WARPS) + n // 2 * 8 + thread.column,)
         units = units + (indexing.units_at(places[n], S),)
-        columns = columns + (2 * thread.quarter + n % 2,)
-        sequences = sequences + (indexing.sequences(tl.program_id(0) * SEQUENCES + columns[n], batch),)
-    return Owned(units, places, columns, sequences)
+        slots = slots + (2 * thread.quarter + n % 2,)
+        sequences = sequences + (indexing.sequences(tl.program_id(0) * SEQUENCES + slots[n], batch),)
+    return Owned(units, places, slots, sequences)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def resident_forward_kernel(
             c_before = c_before + (states.reset_to(c_prev, cell.reset_c_ptr, cells),)
 
         # Product: W_hh h, all gates of the thread's cells.
-        shared = share(operand, owned.columns, owned.places, step % 2, S.CHUNKS)
+        shared = share(operand, owned.slots, owned.places, step % 2, S.CHUNKS)
         products = product(weights, take(shared, 0, S.CHUNKS, S.CHUNKS, S.WARPS), DTYPE)
 
         # Gates and cell, then store.
@@ -179,7 +179,7 @@ def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S
     for gate in tl.static_range(4 - GATES, 4):
         for n in tl.static_range(len(dz)):
             operand = operand + (dz[n][gate].to(DTYPE),)
-    shared = share(operand, owned.columns, elements, buffer, GATES * S.CHUNKS)
+    shared = share(operand, owned.slots, elements, buffer, GATES * S.CHUNKS)
     for gate in tl.static_range(GATES):
         words = take(shared, gate * S.CHUNKS, S.CHUNKS, GATES * S.CHUNKS, S.WARPS)
         products = products + (product(weights[gate], words, DTYPE),)
@@ -198,6 +198,22 @@ def load_gradients_of_final_state(dh_n_ptr, dc_ptr, cells, S: tl.constexpr):
     if dh_n_ptr is not None:
         dh_n += tl.load(dh_n_ptr + cells.state_at, mask=cells.in_tile, other=0.0).to(tl.float32)
     return dh_n, tl.load(dc_ptr + cells.state_at, mask=cells.in_tile, other=0.0)
+
+
+@triton.jit
+def load_step(saved, cell, step, now, B, S: tl.constexpr):
+    """Load (the activations of a step, as states.as_float returns them, the gradient of the rest after the step).
+
+    Both are tuples with one entry for each cell. The gradient of the rest stays in memory between steps, since no
+    registers are left for it during the product.
+    """
+    activations, drest = (), ()
+    for n in tl.static_range(len(now)):
+        cells = Offsets(*now[n])
+        saved_n = states.load_saved(saved, step, cells, S.H)
+        activations = activations + (states.as_float(saved_n, cell.zoneout_c_ptr, S),)
+        drest = drest + (states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S),)
+    return activations, drest
 
 
 @triton.jit
@@ -230,15 +246,10 @@ def resident_backward_kernel(
     for back in range(T):
         step = T - 1 - back
         now = cells_at_step(step, owned, batch, S)
-        activations, dh_stayed, drest, dz, dc_prev = (), (), (), (), ()
-        for n in tl.static_range(len(owned.units)):
-            cells = Offsets(*now[n])
-            saved_n = states.load_saved(saved, step, cells, S.H)
-            activations = activations + (states.as_float(saved_n, cell.zoneout_c_ptr, S),)
-            # drest stays in memory between steps, since no registers are left for it during the product.
-            drest = drest + (states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S),)
+        activations, drest = load_step(saved, cell, step, now, B, S)
 
         # Output and cell. In padding every factor was loaded as zero, so all gradients are zero.
+        dh_stayed, dz, dc_prev = (), (), ()
         for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
             gates, c, c_prev = activations[n]
