@@ -115,8 +115,11 @@ class Launches(NamedTuple):
     error_ptr: Tensor | None = None  # see timeouts.error_word
     at_once: int | None = None  # how many launches fit the card together; None if programs do not wait for each other
     of_x: bool = False  # whether forward takes x in place of the gates, and multiplies it in the loop
-    step: Callable[..., None] | None = None
-    """step(x, h0, c0, h, h_n, c_n, weights) runs one step of a layer. All arguments but the weights are addresses."""
+    inference: Callable[..., None] | None = None
+    """inference(T, x, (h0, c0, h, h_n, c_n), (resets, lengths), weights) runs a layer of float32 without saving.
+
+    All arguments but T and the weights are addresses, of contiguous tensors. Absent tensors are 0. Without `h` only the
+    final states are stored. Those of sequences of length 0 stay as they are. `lengths` are int64."""
 
 
 class OnlyPlan(NamedTuple):

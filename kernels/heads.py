@@ -15,7 +15,7 @@ def arranged(weight: Tensor, width: int) -> Tensor:
     """
     if (head := weight.shape[1]) == width:
         return weight
-    return weight.view(-1, width // head, head, head).permute(1, 3, 0, 2).flatten(2)
+    return weight.view(-1, width // head, head, head).permute(1, 3, 0, 2).flatten(2).contiguous()  # a view if D = 1
 
 
 def product(h: Tensor, weight: Tensor) -> Tensor:

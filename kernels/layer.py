@@ -85,10 +85,10 @@ class Layer:
         return prepared.of_x and is_product_alone(inputs)
 
     @property
-    def step(self) -> Callable[..., None] | None:
-        """Launches.step, or None before a call without gradients has prepared it."""
+    def inference(self) -> Callable[..., None] | None:
+        """Launches.inference, or None before a call without gradients has prepared it."""
         prepared = self._prepared.get(NO_SAVE)
-        return None if prepared is None else prepared.step
+        return None if prepared is None else prepared.inference
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence,

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from cases import built, drawn
+from cases import built, check, drawn
 from pairs import assert_identical, pair, random_inputs, results
 from torch.utils._pytree import tree_leaves
 
@@ -136,10 +136,12 @@ def calls(spy):
 @pytest.mark.parametrize(("kind", "options", "layers"), [
     ("LSTM", dict(num_layers=2), 2), ("GRU", dict(input_size=17, num_layers=2, bias=False, batch_first=True), 2),
     ("LSTMCell", {}, 1), ("GRUCell", {}, 1), ("SLSTM heads", {}, 1), ("StackedGRU", {}, 2),
+    ("LSTM", dict(bidirectional=True), 2),
 ], ids=str)  # fmt: skip
-def test_a_step_is_one_call_of_a_compiled_function_a_layer(calls, kind, options, layers):
+@pytest.mark.parametrize("steps", [1, 5])
+def test_few_steps_are_one_call_of_a_compiled_function_a_layer(calls, kind, options, layers, steps):
     theirs, ours = pair(kind, "numba", **options)
-    x, _ = random_inputs(ours, 2, steps=1)
+    x, _ = random_inputs(ours, 2, steps=steps)
     with torch.no_grad():
         ours(x)  # which may compile
         calls.reset_mock()
@@ -164,13 +166,41 @@ def test_the_error_of_a_long_sum_is_at_most_twice_the_error_of_the_reference():
     assert y["numba"] <= 2 * y["reference"]
 
 
+@pytest.mark.usefixtures("nan_in_fresh_memory")
+@pytest.mark.parametrize("steps_", [2, launch.FEW_STEPS, launch.FEW_STEPS + 1, launch.CHUNK + 6])
+@pytest.mark.parametrize(("words", "layers"), [
+    ("", 1), ("gru deep", 2), ("slstm heads", 1), ("four-heads batch-first", 1), ("no-bias no-hx", 1),
+    ("gru both deep", 4), ("ragged resets both", 2), ("slstm ragged resets", 1), ("gru ragged three-heads deep", 2),
+])  # fmt: skip
+@pytest.mark.parametrize("batch", [1, 9])  # 9 sequences are shared out to two threads
+def test_an_inference_is_one_call_of_a_loop_for_each_layer(calls, monkeypatch, steps_, words, layers, batch):
+    """One more call copies the weights into panels, if there are more than a few steps."""
+    monkeypatch.setattr(launch, "LEAST", 1)
+    size, words = (steps_, batch, 17, 24), f"{words} no-grad"
+    for _ in range(2):  # the first call prepares the layers
+        check(size, words, "numba", torch.float32, seeds=1)
+    module, (x, hx, rest) = drawn(size, words, backend="numba")
+    calls.reset_mock()
+    with torch.no_grad():
+        module(x, hx, **rest)
+    assert calls.call_count == layers * (1 if steps_ <= launch.FEW_STEPS else 2)
+
+
+def test_torch_profiler_names_the_layers_of_an_inference():
+    lstm, x = gpu_lstm.LSTM(3, 4, 2, backend="numba"), torch.randn(2, 3, 3)
+    with torch.no_grad(), torch.profiler.profile() as profiler:
+        lstm(x)
+    names = {event.name for event in profiler.events() if event.name.startswith("gpu_lstm ")}
+    assert names == {"gpu_lstm layer 0 forward, numba", "gpu_lstm layer 1 forward, numba"}
+
+
 @pytest.mark.parametrize("words", ["norms", "norm-hh", "norm-c", "masks peepholes"])
 def test_all_steps_of_a_variant_are_one_call_of_a_loop(calls, words):
     module, x = built((7, 5, 3, 12), {*words.split()}, backend="numba"), torch.randn(7, 5, 3)
     run(module, x)  # which compiles and verifies
     calls.reset_mock()
     run(module, x)
-    assert calls.call_count == 2
+    assert calls.call_count == 3  # the second one copies W_hh into panels for the backward pass
 
 
 @pytest.mark.parametrize("steps", [1, 5])

@@ -37,7 +37,8 @@ def told(**changes: Callable[[int], int]) -> Callable:
         def changed(call, arguments):
             call = put(call, arguments)
             for name, change in changes.items():
-                call[name] = change(int(call[name]))
+                if not call["makes_panels"]:  # the same record is used again
+                    call[name] = change(int(call[name]))
             return call
 
         monkeypatch.setattr(launch, "put", changed)
@@ -90,6 +91,26 @@ def test_a_loop_that_is_wrong_runs_nothing(monkeypatch, spy, plant, words, said)
     module.backend = "numba"
     with pytest.raises(RuntimeError, match=said):
         results(module, x, hx, **rest)
+
+
+@as_on_a_new_machine
+@pytest.mark.filterwarnings("ignore:gpu_lstm")
+@pytest.mark.parametrize("of_panels", [False, True])
+def test_a_trial_of_inference_finds_faults_of_both_products(monkeypatch, of_panels):
+    """Its first steps read W_hh as it is, and the others read the panels."""
+    put = launch.put
+
+    def changed(call, arguments):
+        call = put(call, arguments)
+        if bool(call["makes_panels"]) is of_panels:
+            call["weight_hh"] += 4
+        return call
+
+    monkeypatch.setattr(launch, "put", changed)
+    gru = gpu_lstm.GRU(3, 6, backend="numba")
+    for steps_ in (2, 20):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"this layer on this CPU: .*RMS"):
+            gru(torch.randn(steps_, 2, 3))
 
 
 @as_on_a_new_machine

@@ -30,7 +30,7 @@ from ..kernels.heads import dense
 from ..kernels.private import storage_of
 from ..kernels.tensors import NOISE, VARIANT, Inputs, names_of
 from .layer_loop import in_steps, named, run_layers, weights_of
-from .one_step import is_one
+from .plain_inference import can_infer
 from .torch_resets import with_resets
 
 MOST_STEPS = 65_535  # the most steps that cuDNN supports
@@ -72,7 +72,8 @@ def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
 def _every_step(request: Request) -> tuple[Tensor, list[State]]:
     """Compute `as_given` for a module without lengths."""
     options, weights, state = request.options, request.weights, request.states[0]
-    if request.batch <= MOST_ROWS and is_one(request) and not options.sizes[0].projected:
+    one = request.steps == options.directions == 1 and not options.sizes[0].projected
+    if one and request.batch <= MOST_ROWS and can_infer(request):
         return _cell_by_cell(options.cell, request.x, state, weights)
     sizes = None if request.form.packed is None else request.form.packed.batch_sizes
     y, state = stack(options.cell, request.x, state, weights, options.dropout, options.training, sizes)

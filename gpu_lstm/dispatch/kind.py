@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends import torch_rnn
-from ..backends.one_step import is_one
+from ..backends.plain_inference import can_infer
 from ..call import roles
 from ..call.choices import Backend
 from ..call.modes import Recording
@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     recompute: bool  # whether backward recomputes the gates
     feature: str | None  # the feature that the fewest backends support, in words; None if all support all
     torch_lacks: str | None = None  # the feature that torch's own layer lacks, in words, or None if it can run the call
-    one_step: bool = False  # see backends/one_step.py
+    plain: bool = False  # see backends/plain_inference.py
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,7 +93,7 @@ def kind_of(call: Request) -> Kind:
     long = f"sequences of more than {torch_rnn.MOST_STEPS:,} steps" if torch_rnn.too_long(call.x, steps) else None
     return Kind(
         tuple(problems), tuple([i for i, *_ in sizes]), power_of_two(steps), call.learns, options.recompute, feature,
-        feature or long, is_one(call),
+        feature or long, can_infer(call),
     )  # fmt: skip
 
 

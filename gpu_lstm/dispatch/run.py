@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import one_step, reference, torch_rnn
+from ..backends import plain_inference, reference, torch_rnn
 from ..backends.layer_loop import rounded
 from ..call.choices import Backend
 from ..call.noise import with_weight_drop
@@ -24,7 +24,7 @@ class Route(NamedTuple):
     operators: str | None = None  # the backend's operator_name, if layers run as operators, as in graphs
     layers: Sequence[Layer] = ()  # [L*D], if kernels run in eager mode
     schedule: Schedule | None = None  # if kernels run in eager mode
-    one_step: bool = False  # whether backends/one_step.py may run the call
+    plain: bool = False  # whether backends/plain_inference.py may run the call
     wide: bool = False  # whether layers compute in float32, and results are rounded to `dtype`
 
 
@@ -33,15 +33,15 @@ def execute(route: Route, request: Request, record: reference.Record | None = No
 
     The reference calls `record` with the Steps of each layer and direction.
     """
-    backend, results, operators, layers, scheduled, is_step, wide = route
+    backend, results, operators, layers, scheduled, plain, wide = route
     options, form, dtype = request.options, request.form, torch.float32 if wide else results
     if options.drops_weights:
         request = request._replace(weights=with_weight_drop(request.weights, options))
     y: Tensor | None
     if backend is Backend.TORCH and operators is None and (given := torch_rnn.as_given(request)) is not None:
         y, states = given
-    elif is_step and all([layer.step is not None for layer in layers]):
-        y, states = one_step.by_one_step(request, layers)
+    elif plain and all([layer.inference is not None for layer in layers]):
+        y, states = plain_inference.infer(request, backend, layers)
     elif scheduled is not None:
         y, states = schedule.by_kernels(request.call(), dtype, backend, layers, scheduled)
     elif operators is not None:

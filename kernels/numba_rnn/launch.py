@@ -1,10 +1,10 @@
 """The Numba backend: runs the time loop of steps.py, or by_steps.py where a projection is in the middle of a step."""
 
 from array import array
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +27,13 @@ BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
 TENSORS = frozenset(record.TENSORS)
 STOPS = "zcmh"  # the names in by_steps.Part, in the order of record.STOPS
-PLAIN = {"h0", "c0", "weight_hh", "bias_hh"}  # tensors of a step that `step_of` can run
+# The tensors that the loop reads in a plain inference, see `inference_of`.
+PLAIN = {"h0", "c0", "weight_hh", "bias_hh", "resets", "lengths"}
 CHUNK = 64  # rows of x that are multiplied at once; for one sequence at a time, an eighth of that
 LEAST = 1 << 14  # T B H for which another thread pays
+FEW_STEPS = 8  # so many products read W_hh as it is, because a copy in panels costs more than it gains
+OF_A_TRIAL = 2  # the same in a trial, so that it covers both products
+W_HH, X, GATES, MAKES_PANELS = map(record.PLAIN.index, ("weight_hh", "x", "gates", "makes_panels"))
 CODES = dict(zip(("lstm", "gru", "slstm"), equations.CELLS))
 
 
@@ -41,14 +45,16 @@ def put(call: Any, arguments: dict[str, Any]) -> Any:
     return call
 
 
-def call_of(part: Part, steps_: int, share: int, step: int = 0, way: int = record.BY_STEPS) -> Any:
-    """Return a record.CALL without tensors."""
+def call_of(part: Part, **sizes: int) -> Any:
+    """Return a record.CALL of a part without tensors. `sizes` are the fields that do not follow from the part."""
     p, call = part.problem, np.zeros((), record.CALL)
-    cell = CELLS[p.cell].h_start, p.reverse, CODES[p.cell], CELLS[p.cell].kept
-    sizes = steps_, p.batch, p.hidden, p.heads, p.from_x, *cell, STOPS.index(part.start), STOPS.index(part.end)
-    call["masks"] = 3 in (p.zoneout_h, p.zoneout_c)
-    for name, size in zip(record.SIZES, (share, *sizes, step, way)):
-        call[name] = size
+    cell, (of_d, of_n) = CELLS[p.cell], (1, p.columns) if p.heads == 1 else (p.gates * p.columns, 1)
+    strides = (of_n, of_d) if part.start == "h" else (of_d, of_n)  # of W_hh, as `arranged` returns it; backward [N, D]
+    own = p.batch, p.hidden, p.heads, p.from_x, cell.h_start, p.reverse, CODES[p.cell], cell.kept
+    masks = 3 in (p.zoneout_h, p.zoneout_c)
+    values = *own, STOPS.index(part.start), STOPS.index(part.end), masks, p.gates * p.columns**2, *strides
+    for name, value in (*zip(record.OF_A_PART, values, strict=True), *sizes.items()):
+        call[name] = value
     return call
 
 
@@ -63,7 +69,7 @@ def launch(name: str, call: Any, arguments: dict[str, Any], count: int = 1) -> N
 def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Launch:
     """See by_steps.Bind."""
     arguments = arguments | {"scratch": torch.zeros(record.SCRATCH, device="cpu")}
-    call = put(call_of(part, arguments["T"], part.problem.batch), arguments)
+    call = put(call_of(part, T=arguments["T"], share=part.problem.batch), arguments)
 
     def launch_step(step: int, **changed: Tensor) -> None:
         call["step"] = step
@@ -72,65 +78,83 @@ def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Laun
     return launch_step
 
 
-def shares_of(p: Problem, T: int) -> tuple[int, int]:
-    """Return how many threads pay for a call, and how many sequences a thread takes at a time."""
-    count = max(1, min(torch.get_num_threads(), p.batch // SEQUENCES, T * p.batch * p.hidden // LEAST))
-    return count, ceil(p.batch / count / SEQUENCES) * SEQUENCES
+class Division(NamedTuple):
+    """How a call of all steps is divided, see record.py."""
+
+    count: int  # the threads that pay
+    share: int
+    chunk: int
+    by_rows: int
+    panels: int  # numbers in the panels of W_hh and W_ih, or 0 if there are none
 
 
-def step_of(p: Problem) -> Callable[..., None]:
-    """Return Launches.step. Everything that is the same at each step is written into the call once."""
-    call = call_of(Part(p, "z", "h"), 1, 0, 0, record.BY_ROWS)
-    call["chunk"] = 1
-    rest, function = array("q", call.tobytes())[len(record.OF_A_STEP) :], build.function(LOOPS[False])
-    of_h = p.batch * p.hidden
+def divided(p: Problem, backward: bool, T: int, features: int, threads: int, trial: bool = False) -> Division:
+    """Return the Division of T steps, where the loop multiplies W_ih by x [T, B, features]."""
+    count = max(1, min(threads, p.batch // SEQUENCES, T * p.batch * p.hidden // LEAST))
+    share = ceil(p.batch / count / SEQUENCES) * SEQUENCES
+    by_rows = 0 if backward else OF_A_TRIAL if trial else T if T <= FEW_STEPS else 0
+    in_one = p.lengths is None and share >= p.batch
+    chunk = min(T, by_rows or T, max(1, CHUNK // p.batch) if in_one else CHUNK // 8)
+    N, K = p.gates * p.columns, p.columns
+    of_head = N * whole_vectors(K) if backward else K * whole_vectors(N)
+    panels = 0 if by_rows >= T else p.heads * of_head + features * whole_vectors(p.heads * N)
+    return Division(count, share, chunk, by_rows, panels)
 
-    def step(x: int, h0: int, c0: int, h: int, h_n: int, c_n: int, weights: Any) -> None:
-        (count, share), w_ih = shares_of(p, 1), weights.weight_ih
-        work = torch.empty(9 * of_h + count * record.SCRATCH, device="cpu")
+
+def inference_of(p: Problem) -> Callable[..., None]:
+    """Return Launches.inference. Everything that is the same in each call is written into the call once."""
+    call = call_of(Part(p, "z", "h"), multiplies=True)
+    rest, function = array("q", call.tobytes())[len(record.PLAIN) :], build.function(LOOPS[False])
+    of_h, divisions = p.batch * p.hidden, lru_cache(partial(divided, p, False))
+
+    def run(T: int, x: int, states: Sequence[int], marks: Sequence[int], weights: Any) -> None:
+        features = 0 if weights.weight_ih is None else weights.weight_ih.shape[1]
+        count, share, chunk, by_rows, panels = divisions(T, features, torch.get_num_threads())
+        of_gates = 4 * of_h * chunk if features else 0
+        work = torch.empty(5 * of_h + of_gates + count * record.SCRATCH + panels, device="cpu")
         taken = torch.zeros((), dtype=torch.int64, device="cpu") if count > 1 else None
-        z, gates, h_next, scratch = [work.data_ptr() + SIZE * n * of_h for n in (0, 4, 8, 9)]
-        tensors = w_ih, weights.weight_hh, weights.bias_ih, weights.bias_hh, taken
+        tensors = weights.weight_ih, weights.weight_hh, weights.bias_ih, weights.bias_hh, taken
         given = [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+        z = work.data_ptr()
+        gates = z + SIZE * 5 * of_h
+        scratch = gates + SIZE * of_gates
         row = array("q", [0 if t is None else t.data_ptr() for t in given])
-        if w_ih is None:
-            row.extend((0, h0, c0, h, h_n, c_n, z, x, h_next, scratch, 0, share))
-        else:
-            row.extend((x, h0, c0, h, h_n, c_n, z, gates, h_next, scratch, w_ih.shape[1], share))
+        row.extend((x, *states, z, gates, z + SIZE * 4 * of_h, scratch))
+        row.extend((scratch + SIZE * count * record.SCRATCH, *marks))
+        row.extend((features, T, share, chunk, by_rows, False))
+        if not features:
+            row[X], row[GATES] = 0, x
         row.extend(rest)
-        build.run(function, row.buffer_info()[0], count)
+        at = row.buffer_info()[0]
+        if panels:
+            weight = arranged(given[W_HH], p.width)
+            row[W_HH], row[MAKES_PANELS] = weight.data_ptr(), True
+            build.run(function, at, 1)
+            row[W_HH], row[MAKES_PANELS] = given[W_HH].data_ptr(), False
+        build.run(function, at, count)
 
-    return step
+    return run
 
 
-def run_all(p: Problem, backward: bool, arguments: dict[str, Any]) -> None:
+def run_all(p: Problem, backward: bool, trial: bool, arguments: dict[str, Any]) -> None:
     """Run all steps at once. Each thread takes shares of the sequences until there are none, and waits only then."""
-    T = arguments["T"]
-    count, share = shares_of(p, T)
-    call = call_of(Part(p, *("hz" if backward else "zh")), T, share, T - 1 if backward else 0, record.BY_ROWS)
-    given = arguments | {"scratch": torch.empty(ceil(p.batch / share), record.SCRATCH, device="cpu")}
-    features = 0
-    if (x := arguments.get("x_ptr")) is not None:
-        features = call["I"] = x.shape[2]
-        in_one = p.lengths is None and share >= p.batch
-        call["chunk"] = chunk = min(T, max(1, CHUNK // p.batch) if in_one else CHUNK // 8)
+    T, x = arguments["T"], arguments.get("x_ptr")
+    features = 0 if x is None else x.shape[2]
+    count, share, chunk, by_rows, panels = divided(p, backward, T, features, torch.get_num_threads(), trial)
+    call = call_of(
+        Part(p, *("hz" if backward else "zh")), multiplies=True, step=T - 1 if backward else 0,
+        I=features, T=T, share=share, chunk=chunk, by_rows=by_rows,
+    )  # fmt: skip
+    given = arguments | {"scratch": torch.empty(count, record.SCRATCH, device="cpu")}
+    given["taken"] = torch.zeros((), dtype=torch.int64, device="cpu")
+    if x is not None:
         given["gates_ptr"] = torch.empty(chunk, p.batch, 4 * p.hidden, device="cpu")
-    if T > 1:
-        # [heads, D, GATES D], or of one head [GATES D, D]. For heads of one unit `arranged` returns a view.
-        weight = arranged(arguments["weight_hh_ptr"], p.width).contiguous()
-        of_heads = weight.mT if (p.heads > 1) == backward else weight
-        K, N = of_heads.shape[-2:]
-        size = p.heads * K * whole_vectors(N) + features * whole_vectors(p.heads * N)
-        given |= {"weight_hh_ptr": weight, "panels": torch.empty(size, device="cpu")}
-        for name, stride in zip(("n", "k", "head"), reversed(of_heads.stride())):
-            call[f"stride_{name}"] = stride
-        call["way"], call["to_panels"] = record.BY_PANELS, True
-        if count > 1:  # one thread copies the weight, before the others start
-            call["B"] = 0
-            launch(LOOPS[backward], call, given)
-            call["B"], call["to_panels"] = p.batch, False
-    taken = torch.zeros((), dtype=torch.int64, device="cpu")
-    launch(LOOPS[backward], call, given | {"taken": taken}, count)
+    if panels:  # one thread copies the weights, before the others start
+        given["panels"], call["makes_panels"] = torch.empty(panels, device="cpu"), True
+        weight = arranged(arguments["weight_hh_ptr"], p.width)  # [heads, D, GATES D], or of one head [GATES D, D]
+        launch(LOOPS[backward], call, given | {"weight_hh_ptr": weight})
+        call["makes_panels"] = False
+    launch(LOOPS[backward], call, given, count)
 
 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
@@ -158,12 +182,10 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
         for name in ("hh", "c"):
             if (norm := arguments.get(f"norm_{name}")) is not None:
                 arguments |= {f"{part}_{name}": aligned(getattr(norm, part)) for part in ("v", "mean", "scale")}
-        run_all(p, backward, arguments)
+        run_all(p, backward, trial, arguments)
 
-    is_step = of_x and p.steps == 1 and not in_the_loop(p, 1).keys() - PLAIN
-    return Launches(
-        plan, buffers, start, outside, more=more if of_x else None, of_x=of_x, step=step_of(p) if is_step else None
-    )
+    inference = inference_of(p) if of_x and not in_the_loop(p, 1).keys() - PLAIN else None
+    return Launches(plan, buffers, start, outside, more=more if of_x else None, of_x=of_x, inference=inference)
 
 
 def card_of(device: torch.device) -> Card:

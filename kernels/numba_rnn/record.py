@@ -6,35 +6,42 @@ from numba import from_dtype, types
 from .functions import cast
 from .tile import ROWS, UNITS
 
-OF_A_STEP = (
+OF_PLAIN = (
     "weight_ih", "weight_hh", "bias_ih", "bias_hh",  # [GATES H, I]; [GATES H, D]; [GATES H], if not in gates
     "taken",  # int64, the counter of shares that are taken
     "x", "h0", "c0",  # [T*B, I], where the loop multiplies x; [B, H]; [K, B, H]
     "h", "h_n", "c_n",  # [T*B, H]; [B, H]; [K, B, H]
     "z", "gates", "h_next", "scratch",  # [B, heads, 4 D]; [T*B, 4H], or [chunk*B, 4H] with x; [B, H]; [shares, SCRATCH]
-    "I", "share",  # input features; the sequences of a share, which one thread takes
+    "panels",  # see `make_panels`
+    "resets", "lengths",  # [T*B] bool; [B] int64
 )  # fmt: skip
-"""The fields of a plain step. They are the first in a call, because `launch.step_of` writes only these at each step."""
+"""The tensors of a plain inference."""
+PLAIN = (
+    *OF_PLAIN,
+    "I", "T", "share", "chunk",  # input features; steps; sequences that a thread takes; steps whose W_ih x is in gates
+    "by_rows",  # the number of first steps whose products read the weights as they are, instead of panels
+    "makes_panels",  # whether the call only makes the panels
+)  # fmt: skip
+"""The fields that differ between plain inferences. They are the first in a record, see `launch.inference_of`."""
 TENSORS = (
-    *OF_A_STEP[:-2],
+    *OF_PLAIN,
     "dgates", "dz",  # of the sizes of gates and z
     "dh", "dh_total", "reset_h", "c", "reset_c", "dreset_h", "dreset_c",  # [T*B, H]
     "zoneout_h", "zoneout_c",  # [T*B, H] bool, where the state before stays; or float32 [], the share of it that stays
     "dh_n", "dh_next", "dropout_h", "m", "o", "v", "dh_from_zoneout",  # [B, H]
     "dc",  # [K, B, H]
-    "weight_peephole", "panels",  # [3H]; see `make_panels`
+    "weight_peephole",  # [3H]
     "gain_hh", "gain_c", "bias_c",  # [4H]; [H]; [H], of the layer norms inside a step
     "v_hh", "mean_hh", "scale_hh", "v_c", "mean_c", "scale_c",  # backward a problem.Normed of each
-    "resets", "lengths",  # [T*B] bool; [B] int64
 )  # fmt: skip
-SIZES = (
-    "share", "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "step", "way",
-    "masks", "to_panels", "chunk", "stride_head", "stride_k", "stride_n",
+OF_A_PART = (
+    "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "masks",
+    "stride_head", "stride_k", "stride_n",
 )  # fmt: skip
-CALL = np.dtype([(name, np.int64) for name in dict.fromkeys((*OF_A_STEP, *TENSORS, *SIZES))])
+"""The sizes that follow from a by_steps.Part, in the order of `launch.call_of`."""
+SIZES = *OF_A_PART, "step", "multiplies"  # the first step; whether all steps and their products run, or one without
+CALL = np.dtype([(name, np.int64) for name in dict.fromkeys((*PLAIN, *TENSORS, *SIZES))])
 """The argument of the loops: the addresses of tensors, 0 for absent ones, and sizes."""
 call_at = cast(types.intp, from_dtype(CALL), "inttoptr")
 STOPS = OF_Z, OF_C, OF_M, OF_HIDDEN = range(4)
-WAYS = BY_STEPS, BY_PANELS, BY_ROWS = range(3)
-"""The ways of a call: one step without its product; all steps, with W_hh in panels; all steps, with W_hh as it is."""
 SCRATCH = ROWS * UNITS  # numbers of a tile; during a product, sums of a tile of the product

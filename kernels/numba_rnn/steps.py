@@ -11,7 +11,7 @@ import numpy as np
 from . import equations
 from .functions import F, compiled, flags, floats, numbers, take
 from .product import by_panels, by_rows, into_panels, vectors_of
-from .record import BY_PANELS, OF_C, OF_HIDDEN, OF_M, OF_Z, SCRATCH, call_at
+from .record import OF_C, OF_HIDDEN, OF_M, OF_Z, SCRATCH, call_at
 from .tile import (
     CONSTANTS,
     GATES,
@@ -245,7 +245,7 @@ def before(a, tile, p, start, end):
 @compiled
 def last_with(a, step, first, end):
     """Return the end of the sequences from `first` to `end` that have to be processed. All after it are in padding."""
-    if a.way and a.lengths:
+    if a.multiplies and a.lengths:
         while end > first and numbers(a.lengths)[end - 1] <= step:
             end -= 1
     return end
@@ -344,7 +344,7 @@ def product_of_x(a, step, first, end, scratch):
     if a.lengths == 0 and (a.chunk == 1 or end - first == a.B):
         start = position(a, step + steps - 1 if a.reverse else step, first)[0]
         x, to, count = a.x + SIZE * start * a.I, a.gates + SIZE * 4 * first * a.H, steps * (end - first)
-        if a.way == BY_PANELS:
+        if step >= a.by_rows:
             by_panels(x, a.I, panels, to, 4 * a.H, count, a.I, N, scratch)
         else:
             by_rows(x, a.I, a.weight_ih, a.I, to, 4 * a.H, count, a.I, N, scratch)
@@ -353,7 +353,7 @@ def product_of_x(a, step, first, end, scratch):
     for b in range(first, end):
         x, to = a.x + SIZE * position(a, step, b)[0] * a.I, a.gates + SIZE * 4 * b * a.H
         count = min(steps, numbers(a.lengths)[b] - step) if a.lengths else steps
-        if a.way == BY_PANELS:
+        if step >= a.by_rows:
             by_panels(x, apart * a.I, panels, to, 4 * a.B * a.H, count, a.I, N, scratch)
         else:
             by_rows(x, apart * a.I, a.weight_ih, a.I, to, 4 * a.B * a.H, count, a.I, N, scratch)
@@ -369,7 +369,7 @@ def begin(a, first, end):
 
 
 @compiled
-def product(a, first, end, scratch, backward):
+def product(a, step, first, end, scratch, backward):
     """Compute z = W_hh h_next of the sequences from `first` to `end`, or backward dh_next = W_hh^T dz."""
     K, N, size = sizes_of_product(a, backward)
     units, count = a.H // a.heads, end - first
@@ -378,7 +378,7 @@ def product(a, first, end, scratch, backward):
         z = 4 * h + SIZE * a.h_start * units
         if backward is not None:
             by_panels(a.dz + z, 4 * a.H, panels, a.dh_next + h, a.H, count, K, N, scratch)
-        elif a.way == BY_PANELS:
+        elif step >= a.by_rows:
             by_panels(a.h_next + h, a.H, panels, a.z + z, 4 * a.H, count, K, N, scratch)
         else:
             for gate in range(4 - a.h_start):
@@ -389,25 +389,27 @@ def product(a, first, end, scratch, backward):
 
 @compiled
 def run(a, backward):
-    """Run all steps, or one, of shares of sequences that no other thread has taken, until there are none.
+    """Run all steps with their products, or one step without, of shares of sequences, until all shares are taken.
 
-    Forward a step is the product, then the tiles. Backward the product comes first, too: W_hh^T dz of the step after.
+    A thread takes a share at a time. Forward a step is the product, then the tiles. Backward the product comes first,
+    too: W_hh^T dz of the step after. A call that `makes_panels` runs no step.
     """
-    if a.to_panels:
+    if a.makes_panels:
         make_panels(a, backward)
+        return
     number = take(a.taken) if a.taken else 0
     while number * a.share < a.B:
         first, end, scratch = number * a.share, min((number + 1) * a.share, a.B), a.scratch + SIZE * number * SCRATCH
         origin, active = 0, first
-        if a.way and backward is None:
+        if a.multiplies and backward is None:
             begin(a, first, end)
-        for n in range(a.T if a.way else 1):
+        for n in range(a.T if a.multiplies else 1):
             step, multiplied = a.step + n if backward is None else a.step - n, active
             active = last_with(a, step, first, end)
             if backward is None and a.x and n % a.chunk == 0:
                 origin = product_of_x(a, n, first, active, scratch)
-            if a.way and (backward is None or n):
-                product(a, first, active if backward is None else multiplied, scratch, backward)
+            if a.multiplies and (backward is None or n):
+                product(a, n, first, active if backward is None else multiplied, scratch, backward)
             each(a, step, first, active, scratch, origin, backward)
             pad(a, step, active, end)
         number = take(a.taken) if a.taken else number + 1
