@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..call import roles
 from ..call.choices import Backend
-from ..call.modes import Recording, Transforms
 from ..call.request import Request
 from ..call.weights import State
 from ..kernels.layer import Layer
@@ -19,15 +18,13 @@ from .layer_loop import NOTHING, named
 
 
 def can_infer(call: Request) -> bool:
-    """Whether `infer` can run a call: float32, nothing between layers, and no graph or transform."""
-    options, modes, x = call.options, call.modes, call.x
-    if call.learns or modes.recording != Recording.NOBODY or modes.transforms != Transforms.NONE:
+    """Whether `infer` can run a call: float32, nothing between layers, and no graph, transform or autocast."""
+    options, x = call.options, call.x
+    if call.learns or not call.modes.plain or call.form.packed is not None or options.connects or options.noisy:
         return False
-    plain = not (options.connects or options.noisy) and call.traversal.reset_states is None
-    usual = x.is_cpu and x.dtype is torch.float32 and x.shape[-1] > 0
-    if call.weights[0][0].gain_ih is not None:  # the loop does not normalise W_ih x
-        return False
-    return plain and usual and modes.autocast is None and call.form.packed is None
+    if call.weights[0][0].gain_ih is not None or call.traversal.reset_states is not None:
+        return False  # the loop does not normalise W_ih x, and does not multiply states to reset to
+    return x.is_cpu and x.dtype is torch.float32 and x.shape[-1] > 0
 
 
 def infer(call: Request, backend: Backend, layers: Sequence[Layer]) -> tuple[Tensor | None, list[State]]:
