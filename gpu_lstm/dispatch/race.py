@@ -220,7 +220,8 @@ def build(call: Request, kind: Kind, backend: Backend) -> Route:
     schedule = schedule_of(call, dtype.itemsize)
     problems = [problem._replace(side_by_side=schedule.side_by_side, dtype=dtype) for problem in kind.problems]
     layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
-    return Route(backend, kind.dtype, None, layers, schedule, kind.plain, wide)
+    plain = kind.plain and backend is Backend.NUMBA  # the other backends' launches have no `inference`
+    return Route(backend, kind.dtype, None, layers, schedule, plain, wide)
 
 
 def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
