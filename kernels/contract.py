@@ -82,6 +82,9 @@ class Launcher(Protocol):
     def lacks(self, problem: Problem) -> str | None:
         """Return the feature of a problem that the backend does not support, or None if it supports all of them."""
 
+    def multiplies_x(self, problem: Problem) -> bool:
+        """Return whether forward computes W_ih x, if nothing else is a part of the gates before the loop."""
+
     def choose(
         self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
     ) -> Any:
@@ -114,7 +117,6 @@ class Launches(NamedTuple):
     more: Callable[[Recurrence, dict[str, Tensor]], dict[str, Any]] | None = None
     error_ptr: Tensor | None = None  # see timeouts.error_word
     at_once: int | None = None  # how many launches fit the card together; None if programs do not wait for each other
-    of_x: bool = False  # whether forward takes x in place of the gates, and multiplies it in the loop
     inference: Callable[..., None] | None = None
     """inference(T, x, (h0, c0, h, h_n, c_n), (resets, lengths), weights) runs a layer of float32 without saving.
 

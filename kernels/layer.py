@@ -49,6 +49,7 @@ class Layer:
         self.problem, self.device, self.verify, self.backend = problem, device, verify, launcher.BACKEND
         self._index = device.index if device.type == "cuda" else None
         self._launcher, self._trial, self._timer = launcher, trial, timer
+        self.multiplies_x = launcher.multiplies_x(problem)
         self._prepared: dict[Pass, Launches] = {}
         self._without: dict[Pass, str] = {}  # the passes for which there is no kernel, and why
         self._names = tuple(in_the_loop(problem, problem.steps))
@@ -66,7 +67,8 @@ class Layer:
         ```
 
         With `save`, the activated gates overwrite `gates`. With a projection, the gates of every sequence's first step
-        may be overwritten in any case.
+        may be overwritten in any case. If `multiplies_x` and the `is_product_alone`, the loop computes the product and
+        adds the biases: `gates` is uninitialised with `save`, and x [T, B, I] without.
 
         Raises:
             RuntimeError: an earlier launch timed out, or no kernel can run the problem.
@@ -78,11 +80,6 @@ class Layer:
         if overwritten is not gates:
             gates.copy_(overwritten)
         return results
-
-    def takes_x(self, inputs: Inputs) -> bool:
-        """Whether forward takes x [T, B, I] in place of the gates. It does so only where nothing is saved."""
-        prepared = self._prepared.get(NO_SAVE) or self.prepared(NO_SAVE, inputs)
-        return prepared.of_x and is_product_alone(inputs)
 
     @property
     def inference(self) -> Callable[..., None] | None:

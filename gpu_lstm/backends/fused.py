@@ -11,7 +11,7 @@ from ..call.sequences import Traversal, without_padding
 from ..equations import EQUATIONS
 from ..kernels import heads, layer_norm
 from ..kernels.cells import CELLS
-from ..kernels.layer import Layer, aligned
+from ..kernels.layer import Layer, aligned, is_product_alone
 from ..kernels.layer_norm import normed_of
 from ..kernels.problem import Gradients, Inputs, Normed, Problem, Recurrence
 from .layer_loop import traversal_of
@@ -27,9 +27,9 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
         c: [T, B, H] in float32, after each step. None without `save`.
     """
     i, c0, problem = inputs, inputs.c0, layer.problem
-    if not save and layer.takes_x(i):
+    if layer.multiplies_x and is_product_alone(i):
         i = i._replace(x=aligned(i.x))
-        gates = i.x
+        gates = i.x.new_empty(*i.x.shape[:2], 4 * problem.hidden) if save else i.x
     else:
         gates = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
     if i.reset_h is not None:  # the loop starts a reset step from h = 0, so W_hh h is added here

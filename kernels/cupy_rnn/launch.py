@@ -134,6 +134,10 @@ def lacks(problem: Problem) -> str | None:
     return None if problem.cell in CELLS else f"cell {problem.cell!r}"
 
 
+def multiplies_x(problem: Problem) -> bool:
+    return False
+
+
 def choose(
     problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
 ) -> OnlyPlan:

@@ -147,7 +147,7 @@ def run_all(p: Problem, backward: bool, trial: bool, arguments: dict[str, Any]) 
     )  # fmt: skip
     given = arguments | {"scratch": torch.empty(count, record.SCRATCH, device="cpu")}
     given["taken"] = torch.zeros((), dtype=torch.int64, device="cpu")
-    if x is not None:
+    if x is not None and "c_ptr" not in arguments:
         given["gates_ptr"] = torch.empty(chunk, p.batch, 4 * p.hidden, device="cpu")
     if panels:  # one thread copies the weights, before the others start
         given["panels"], call["makes_panels"] = torch.empty(panels, device="cpu"), True
@@ -165,9 +165,8 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
     if not p.projects_in_loop:
         buffers["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
         buffers["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.width))
-    of_x = not (backward or pass_.save or outside or p.projects_in_loop or p.known_h)
 
-    def more(r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    def biases_and_x(r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
         i = r.inputs
         if not is_product_alone(i):
             return {}
@@ -184,8 +183,9 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
                 arguments |= {f"{part}_{name}": aligned(getattr(norm, part)) for part in ("v", "mean", "scale")}
         run_all(p, backward, trial, arguments)
 
-    inference = inference_of(p) if of_x and not in_the_loop(p, 1).keys() - PLAIN else None
-    return Launches(plan, buffers, start, outside, more=more if of_x else None, of_x=of_x, inference=inference)
+    more = biases_and_x if not backward and multiplies_x(problem) else None
+    inference = inference_of(p) if more and not pass_.save and not in_the_loop(p, 1).keys() - PLAIN else None
+    return Launches(plan, buffers, start, outside, more=more, inference=inference)
 
 
 def card_of(device: torch.device) -> Card:
@@ -200,6 +200,10 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
 
 def lacks(problem: Problem) -> str | None:
     return None if problem.cell in CODES else f"cell {problem.cell!r}"
+
+
+def multiplies_x(problem: Problem) -> bool:
+    return not (problem.projected or problem.known_h)  # else other numbers are added to the gates before the loop
 
 
 def choose(

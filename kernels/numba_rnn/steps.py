@@ -336,28 +336,32 @@ def make_panels(a, backward):
 def product_of_x(a, step, first, end, scratch):
     """Compute W_ih x of a chunk of steps in gates.
 
-    If gates are in the order of time, return the row in [T*B, *] of the first one. If they are in the order of steps,
-    return -1: sequences visit different times at a step, or other threads have some of the sequences.
+    Return the row in [T*B, *] of the first row of gates, if gates are in the order of time. Gates that are saved have
+    all rows. Else return -1: gates are in the order of steps, because sequences visit different times at a step, or
+    because other threads have some of the sequences.
     """
     _, N, size = sizes_of_product(a, None)
     N, panels, steps = N * a.heads, a.panels + a.heads * size, min(a.chunk, a.T - step)
     if a.lengths == 0 and (a.chunk == 1 or end - first == a.B):
         start = position(a, step + steps - 1 if a.reverse else step, first)[0]
-        x, to, count = a.x + SIZE * start * a.I, a.gates + SIZE * 4 * first * a.H, steps * (end - first)
+        origin = 0 if a.c else start - first
+        x, to, count = a.x + SIZE * start * a.I, a.gates + SIZE * 4 * (start - origin) * a.H, steps * (end - first)
         if step >= a.by_rows:
             by_panels(x, a.I, panels, to, 4 * a.H, count, a.I, N, scratch)
         else:
             by_rows(x, a.I, a.weight_ih, a.I, to, 4 * a.H, count, a.I, N, scratch)
-        return start - first
+        return origin
     apart = -a.B if a.reverse else a.B
+    gates_apart = 4 * a.H * (apart if a.c else a.B)
     for b in range(first, end):
-        x, to = a.x + SIZE * position(a, step, b)[0] * a.I, a.gates + SIZE * 4 * b * a.H
+        row = position(a, step, b)[0]
+        x, to = a.x + SIZE * row * a.I, a.gates + SIZE * 4 * (row if a.c else b) * a.H
         count = min(steps, numbers(a.lengths)[b] - step) if a.lengths else steps
         if step >= a.by_rows:
-            by_panels(x, apart * a.I, panels, to, 4 * a.B * a.H, count, a.I, N, scratch)
+            by_panels(x, apart * a.I, panels, to, gates_apart, count, a.I, N, scratch)
         else:
-            by_rows(x, apart * a.I, a.weight_ih, a.I, to, 4 * a.B * a.H, count, a.I, N, scratch)
-    return -1
+            by_rows(x, apart * a.I, a.weight_ih, a.I, to, gates_apart, count, a.I, N, scratch)
+    return 0 if a.c else -1
 
 
 @compiled

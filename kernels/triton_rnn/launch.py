@@ -151,6 +151,10 @@ def lacks(problem: Problem) -> None:
     return None
 
 
+def multiplies_x(problem: Problem) -> bool:
+    return False
+
+
 def choose(
     problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
 ) -> Plan:  # fmt: skip
@@ -190,7 +194,8 @@ def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[Recorde
     meta, p = torch.device("meta"), FAMILIES[type(plan.family)].within(problem)
     if p != problem:  # the projection is outside of the loop, and gives the loop a gradient of m at all steps
         pass_ = pass_._replace(dh=True, dh_n=False)
-    recorder: Any = SimpleNamespace(BACKEND=BACKEND, lacks=lacks, prepare=partial(prepare, launch=record))
+    loads = partial(prepare, launch=record)
+    recorder: Any = SimpleNamespace(BACKEND=BACKEND, lacks=lacks, multiplies_x=multiplies_x, prepare=loads)
     layer, given = Layer(p, meta, recorder, trial=plan), arguments_of(p, meta, pass_)
     if pass_.backward:
         layer.backward(*given, of_h0=False)
