@@ -186,6 +186,14 @@ def test_an_inference_is_one_call_of_a_loop_for_each_layer(calls, monkeypatch, s
     assert calls.call_count == layers * (1 if steps_ <= launch.FEW_STEPS else 2)
 
 
+@pytest.mark.usefixtures("nan_in_fresh_memory")
+@pytest.mark.parametrize("words", ["both", "gru both", "slstm heads", "ragged resets both"])
+@pytest.mark.parametrize("batch", [1, 9])  # 9 sequences are shared out to two threads
+def test_gates_that_are_saved_in_chunks_give_the_gradients_of_the_oracle(monkeypatch, words, batch):
+    monkeypatch.setattr(launch, "LEAST", 1)
+    check((launch.CHUNK + 6, batch, 17, 24), words, "numba", torch.float32, seeds=1)
+
+
 def test_torch_profiler_names_the_layers_of_an_inference():
     lstm, x = gpu_lstm.LSTM(3, 4, 2, backend="numba"), torch.randn(2, 3, 3)
     with torch.no_grad(), torch.profiler.profile() as profiler:
