@@ -48,7 +48,7 @@ class Layer:
         _check_count("gates of all units", 4 * problem.hidden)
         self.problem, self.device, self.verify, self.backend = problem, device, verify, launcher.BACKEND
         self._index = device.index if device.type == "cuda" else None
-        self._launcher, self._trial, self._timer = launcher, trial, timer
+        self.launcher, self._trial, self._timer = launcher, trial, timer
         self._prepared: dict[Pass, Launches] = {}
         self._without: dict[Pass, str] = {}  # the passes for which there is no kernel, and why
         self._names = tuple(in_the_loop(problem, problem.steps))
@@ -176,9 +176,9 @@ class Layer:
                 verifies = self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not capturing
                 refuses = partial(self.verify, self, pass_, inputs) if verifies else None
                 timer = self._timer() if verifies else None
-                plan = self._launcher.choose(self.problem, self.device, pass_, refuses, timer)
+                plan = self.launcher.choose(self.problem, self.device, pass_, refuses, timer)
                 logger.debug("%s, %s: %s", self.problem, pass_, plan)
-            prepared = self._launcher.prepare(self.problem, pass_, plan, self.device, self._trial is not None)
+            prepared = self.launcher.prepare(self.problem, pass_, plan, self.device, self._trial is not None)
             if not capturing:
                 self._prepared[pass_] = prepared
         return prepared
@@ -201,10 +201,6 @@ class Layer:
             cache.warn_once(f"backend 'auto' does without the kernels of {self.backend!r} for {self.problem}: {why}")
         return False
 
-    def with_plan(self, plan: Any, problem: Problem | None = None) -> "Layer":
-        """Return the same layer, or a layer for a similar problem, with a plan to try."""
-        return Layer(problem or self.problem, self.device, self._launcher, trial=plan)
-
     def chosen(self, pass_: Pass) -> Chosen:
         """Return the plan of a pass. If there is none yet, return the plan of another pass of the same direction.
 
@@ -212,7 +208,7 @@ class Layer:
         """
         alike = (prepared for other, prepared in self._prepared.items() if other.backward == pass_.backward)
         prepared = self._prepared.get(pass_) or next(alike, None)
-        return self._launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
+        return self.launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
 
 
 _layers: dict[tuple[Launcher, Problem, torch.device], Layer] = {}

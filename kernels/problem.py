@@ -196,12 +196,12 @@ def problem_with(told: dict[str, Any], cell: str, steps: int, **facts: Any) -> P
     return Problem(min(steps, 2), cell=cell, **flags, **facts)
 
 
-def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by_side: int = 1) -> Problem:
+def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str) -> Problem:
     """Return the problem of a call with these tensors."""
     (steps, batch, _), (_, _, hidden), width = inputs.x.shape, inputs.c0.shape, inputs.h0.shape[-1]
     return problem_with(
         told_of(inputs._asdict()), cell, steps, batch=batch, hidden=hidden, dtype=inputs.x.dtype,
-        projected=0 if inputs.weight_hr is None else width, precision=precision, side_by_side=side_by_side,
+        projected=0 if inputs.weight_hr is None else width, precision=precision,
         reverse=reverse, heads=max(1, width // max(1, inputs.weight_hh.shape[1])),
     )  # fmt: skip
 

@@ -104,7 +104,7 @@ def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cach
 def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
     """Try a plan, and return "right" or a description of its error."""
     device, problem = layer.device, layer.problem._replace(batch=plan.sequences_enough(layer.problem))
-    on_trial, smalls, runs = layer.with_plan(plan, problem), [], []
+    on_trial, smalls, runs = Layer(problem, device, layer.launcher, trial=plan), [], []
     for seed in range(min(MOST_SEEDS, ceil(ENOUGH / (problem.batch * problem.width)))):
         with alone(grad=True), torch.autocast(device.type, enabled=False):
             smalls.append(small := Small(problem, pass_, inputs, seed))
