@@ -17,7 +17,7 @@ from ..kernels.cells import Cell
 from ..kernels.private import assert_on_device
 from ..kernels.tensors import BY_NAME, VARIANT, names_of
 from .modes import autocasts, need_the_reference
-from .weights import NAMES, Weights
+from .weights import NAMES, AllWeights, Weights
 
 SWAPPED = "; it fits if the input's first two dimensions change places, see batch_first"  # the end of an error's text
 
@@ -153,7 +153,7 @@ def check_size(name: str, tensor: Tensor, size: tuple[int, ...], swapped: Sequen
         raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}{hint}")
 
 
-def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: list[list[Weights]]) -> None:
+def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: AllWeights) -> None:
     """Raise unless the weights of a layer in one direction fit.
 
     `layer` has the weights to check. `sizes` are the sizes of its tensors, in the order of Weights. bias_ih and bias_hh

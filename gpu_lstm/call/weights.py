@@ -47,9 +47,14 @@ class Weights(NamedTuple):
 
 
 NAMES = Weights._fields
+AllWeights = list[list[Weights]]
+"""The weights of a call by layer and direction, [L][D]."""
+LayerResult = tuple[Tensor, State]
+CallResult = tuple[Tensor, list[State]]
+"""The output of a layer in one direction and its final state. The output of all layers and their final states."""
 
 
-def weights_now(module: Any, names: tuple) -> list[list[Weights]]:
+def weights_now(module: Any, names: tuple) -> AllWeights:
     """Return the current weights of a module by layer and direction, [L][D].
 
     `names` are the names of the parameters, see Options.names.
