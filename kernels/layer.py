@@ -12,7 +12,7 @@ from torch import Tensor
 from . import cache, heads, layer_norm, projection
 from .cells import CELLS
 from .contract import Chosen, Launcher, Launches, NoKernel, Timer
-from .memory import ALIGNMENT, allocate, buffers_of
+from .memory import ALIGNMENT, Arguments, Memory, allocate, buffers_of
 from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Problem, Recurrence, end_index, in_the_loop, unless_reset
 from .timeouts import raise_if_timed_out
@@ -149,8 +149,8 @@ class Layer:
         return Gradients(dgates, *map(memory.get, names))
 
     def _launch(
-        self, prepared: Launches, gates: Tensor, r: Recurrence, read: dict[str, Any], dc_n: Tensor | None = None
-    ) -> dict[str, Tensor]:
+        self, prepared: Launches, gates: Tensor, r: Recurrence, read: Arguments, dc_n: Tensor | None = None
+    ) -> Memory:
         """Make all launches and return their buffers by the names of pointers."""
         steps = gates.shape[0]
         memory = allocate(prepared.buffers, steps, gates, r.inputs)
