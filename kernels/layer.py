@@ -31,8 +31,8 @@ class Layer:
 
     Args:
         verify: is called at most once for each plan that may be chosen, and never while a CUDA graph is captured.
-        trial: a plan that is used without a choice and a verification.
         timer: returns a Timer, or None where plans must not be timed. It is called only where plans are verified.
+        trial: a plan that is used without a choice and a verification.
 
     Raises:
         ValueError: the backend does not support the problem, or a size is too large for kernels.
@@ -40,7 +40,7 @@ class Layer:
 
     def __init__(
         self, problem: Problem, device: torch.device, launcher: Launcher, verify: Verify | None = None,
-        trial: Any = None, timer: Callable[[], Timer | None] = lambda: None,
+        timer: Callable[[], Timer | None] = lambda: None, trial: Any = None,
     ) -> None:  # fmt: skip
         if (lacking := launcher.lacks(problem)) is not None:
             raise ValueError(f"backend {launcher.BACKEND!r} has no {lacking}")
@@ -225,16 +225,16 @@ def forget_layers() -> None:
     plans_in_use.clear()
 
 
-def kept_layer(
-    launcher: Launcher, problem: Problem, device: torch.device, verify: Verify | None = None,
-    timer: Callable[[], Timer | None] = lambda: None,
-) -> Layer:  # fmt: skip
-    """Return a backend's Layer for a problem on a device, the same one at every call."""
+def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, *checks: Any) -> Layer:
+    """Return a backend's Layer for a problem on a device, the same one at every call.
+
+    `checks` are `verify` and `timer`, see Layer.
+    """
     key = launcher, problem, device
     if (layer := _layers.get(key)) is None:
         if len(_layers) >= MOST_LAYERS:
             forget_layers()
-        layer = _layers.setdefault(key, Layer(problem, device, launcher, verify, timer=timer))
+        layer = _layers.setdefault(key, Layer(problem, device, launcher, *checks))
     return layer
 
 
