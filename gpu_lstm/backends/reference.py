@@ -43,11 +43,10 @@ def by_reference(call: Call, dtype: torch.dtype, record: Record | None = None) -
 
     `record` receives the Steps of each layer and direction.
     """
-
-    def run_layer(inputs: Inputs, row: int, reverse: bool) -> LayerResult:
-        return layer_by_reference(call.options.cell, inputs, reverse, record)
-
-    return run_layers(call, dtype, Backend.REFERENCE, run_layer)
+    return run_layers(
+        call, dtype, Backend.REFERENCE,
+        lambda inputs, row, reverse: layer_by_reference(call.options.cell, inputs, reverse, record),
+    )  # fmt: skip
 
 
 def layer_by_reference(cell: Cell, inputs: Inputs, reverse: bool, record: Record | None = None) -> LayerResult:

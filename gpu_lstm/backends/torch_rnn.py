@@ -119,21 +119,22 @@ def by_torch(call: Call, dtype: torch.dtype) -> CallResult:
         """
         return x.to(call.x.dtype) if x.is_cpu else x
 
-    def run_layer(inputs: Inputs, row: int, reverse: bool) -> LayerResult:
-        return layer_by_torch(cell, inputs._replace(x=as_first(inputs.x)), reverse)
-
     def run_directions(k: int, inputs: list[Inputs]) -> CallResult:
         x, state = as_first(inputs[0].x), joined([(each.h0, each.c0) for each in inputs])
         with named(k, None, Backend.TORCH):
             y, final = stack(cell, x, state, [call.weights[k]], training=options.training)
         return y, split(final)
 
-    if is_plain:
-        return run_layers(call, None, Backend.TORCH, run_layer, run_directions)
-    if call.x.is_cuda:  # autocast would cast cuDNN's layers to float16, in which the huge weights overflow
-        return run_layers(call, dtype, Backend.TORCH, run_layer)
-    weights = [[one.to(call.modes.autocast or dtype) for one in layer] for layer in call.weights]
-    return run_layers(call._replace(weights=weights), None, Backend.TORCH, run_layer)  # autocast casts the others
+    cast_to = None
+    if not is_plain and call.x.is_cuda:  # autocast would cast cuDNN's layers to float16, where huge weights overflow
+        cast_to = dtype
+    elif not is_plain:  # autocast casts the other tensors
+        call = call._replace(weights=[[w.to(call.modes.autocast or dtype) for w in layer] for layer in call.weights])
+    return run_layers(
+        call, cast_to, Backend.TORCH,
+        lambda inputs, row, reverse: layer_by_torch(cell, inputs._replace(x=as_first(inputs.x)), reverse),
+        run_directions if is_plain else None,
+    )  # fmt: skip
 
 
 def joined(rows: list[State]) -> State:
