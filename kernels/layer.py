@@ -14,7 +14,7 @@ from .cells import CELLS
 from .contract import Chosen, Launcher, Launches, NoKernel, Timer
 from .memory import ALIGNMENT, Arguments, Memory, allocate, buffers_of
 from .ordering import in_order
-from .problem import MOST, Gradients, Inputs, Pass, Problem, Recurrence, end_index, in_the_loop, unless_reset
+from .problem import MOST, Gradients, Inputs, Pass, Problem, Recurrence, Results, end_index, in_the_loop, unless_reset
 from .timeouts import raise_if_timed_out
 
 logger = logging.getLogger("gpu_lstm")
@@ -54,7 +54,7 @@ class Layer:
         self._names = tuple(in_the_loop(problem, problem.steps))
         self._tensors, self._pointers = attrgetter(*self._names), [f"{name}_ptr" for name in self._names]
 
-    def forward(self, gates: Tensor, r: Recurrence, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def forward(self, gates: Tensor, r: Recurrence, save: bool) -> Results:
         """Run all steps. Return h, h_n, c_n and c.
 
         ```
@@ -126,9 +126,7 @@ class Layer:
             run = partial(in_order, prepared.at_once, self.device, run)
         return run(*tensors, r)
 
-    def _forward(
-        self, prepared: Launches, gates: Tensor, r: Recurrence
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _forward(self, prepared: Launches, gates: Tensor, r: Recurrence) -> Results:
         """Make the launches of `forward`. A projection outside of the time loop is not computed here."""
         memory = self._launch(prepared, gates, r, {})
         h = memory["h_ptr"] if prepared.result is None else prepared.result(memory)

@@ -141,6 +141,10 @@ class Recurrence(NamedTuple):
     norm_c: Normed | None = None  # the layer norm of c [T, B, H] in tanh(c), float32
 
 
+Results = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""The results of forward: h, h_n, c_n and c, see layer.Layer.forward."""
+
+
 class Gradients(NamedTuple):
     """The gradients that backward returns. A field is None if there is no such gradient."""
 
