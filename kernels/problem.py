@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS
-from .tensors import BY_NAME, STATE, TENSORS, WEIGHT, Inputs
+from .tensors import BY_NAME, STATE, TENSORS, WEIGHT, Inputs, Shape
 
 MOST = 2**31 - 2**16
 """The most steps, sequences, or gates of all units. Kernels count them in int32, up to the end of the last tile."""
@@ -156,7 +156,7 @@ class Gradients(NamedTuple):
     dreset_c: Tensor | None = None  # [T, B, H] float32, zero except at resets
 
 
-def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, tuple[int, ...]]:
+def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, Shape]:
     """Return the sizes of all tensors of TENSORS by name, whether the problem has them or not.
 
     T = `steps`, I = `features`.
@@ -168,7 +168,7 @@ def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, tuple[int, 
     return {row.name: row.sized(letters) for row in TENSORS}
 
 
-def in_the_loop(p: Problem, steps: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def in_the_loop(p: Problem, steps: int) -> dict[str, tuple[Shape, torch.dtype]]:
     """Return (size, dtype) of the Inputs that the time loop of a problem reads, where T = `steps`."""
     sizes, found = sizes_of(p, steps), {}
     for row in TENSORS:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.tensors import BY_NAME
+from ..kernels.tensors import BY_NAME, Shape
 from .autocast_cache import cast
 
 State = tuple[Tensor, Tensor]
@@ -79,7 +79,7 @@ class Size(NamedTuple):
         """The number of features of h."""
         return self.projected or self.hidden
 
-    def of(self, names: Sequence[str], rows: int) -> tuple[tuple[int, ...], ...]:
+    def of(self, names: Sequence[str], rows: int) -> tuple[Shape, ...]:
         """Return the sizes of the weights with these names. Each weight has `rows` rows for each unit."""
         hidden = self.hidden
         letters = {"I": self.inputs, "H": hidden, "P": self.width, "4H": rows * hidden, "3H": 3 * hidden}
