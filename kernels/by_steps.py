@@ -21,7 +21,7 @@ from . import layer_norm
 from .cells import CELLS
 from .heads import arranged
 from .layer_norm import EPS
-from .memory import Buffer, buffers_of
+from .memory import Arguments, Buffer, Buffers, buffers_of
 from .problem import Pass, Problem, unless_reset
 from .settings import precision
 
@@ -30,7 +30,7 @@ Launch = Callable[..., None]
 
 Only the step, and pointers that change with it, are given.
 """
-Bind = Callable[[dict[str, Any]], Launch]
+Bind = Callable[[Arguments], Launch]
 """bind(arguments) binds a kernel to T, B, and tensors by the names of pointers.
 
 The kernel ignores names for which it has no parameter.
@@ -75,7 +75,7 @@ def launches_of(p: Problem, backward: bool) -> int:
     return len(parts_of(p, backward)) + 1 + keeps_projection(p) + p.gain_hh + p.gain_c
 
 
-def buffers(p: Problem, pass_: Pass) -> dict[str, Buffer]:
+def buffers(p: Problem, pass_: Pass) -> Buffers:
     """Return the buffers that the kernels and products of a pass write, see contract.Launches."""
     scattered = p.reverse and p.lengths is not None  # sequences visit different times at the same step
     written, backward, of_c = buffers_of(p, pass_), pass_.backward, (p.batch, p.hidden)
@@ -91,7 +91,7 @@ def buffers(p: Problem, pass_: Pass) -> dict[str, Buffer]:
     return written
 
 
-def run_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem, backward: bool) -> None:
+def run_steps(binds: Sequence[Bind], arguments: Arguments, p: Problem, backward: bool) -> None:
     """Run all steps of a pass. `binds` has a Bind for each part of a step.
 
     On the meta device, where launches are only recorded, only the parts of one step are launched. Products there would
@@ -111,7 +111,7 @@ def run_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem, back
         (_backward if backward else _forward)(launches, arguments, p)
 
 
-def _forward(launches: Sequence[Launch], arguments: dict[str, Any], p: Problem) -> None:
+def _forward(launches: Sequence[Launch], arguments: Arguments, p: Problem) -> None:
     gates, z, h, h_next = (arguments.get(f"{name}_ptr") for name in ("gates", "z", "h", "h_next"))
     of_c = [None if t is None else t.float() for t in map(arguments.get, ("gain_c_ptr", "bias_c_ptr"))]
     operand, (product, in_heads, weight) = arguments["h0_ptr"][0], by_head(arguments["weight_hh_ptr"], p)
@@ -135,7 +135,7 @@ def _forward(launches: Sequence[Launch], arguments: dict[str, Any], p: Problem) 
         operand = h[time] if h_next is None else h_next
 
 
-def _backward(launches: Sequence[Launch], arguments: dict[str, Any], p: Problem) -> None:
+def _backward(launches: Sequence[Launch], arguments: Arguments, p: Problem) -> None:
     """Run the steps from the last to the first."""
     norm_hh, norm_c = arguments.get("norm_hh"), arguments.get("norm_c")
     dgates, dz, dh_next = (arguments.get(f"{name}_ptr") for name in ("dgates", "dz", "dh_next"))
@@ -167,7 +167,7 @@ def by_head(weight_hh: Tensor, p: Problem) -> tuple[Callable[..., Any], Callable
     return torch.bmm, lambda x: x.unflatten(1, (p.heads, -1)).transpose(0, 1), weight  # [heads, B, *]
 
 
-def _times_at(step: int, time: int, arguments: dict[str, Any], p: Problem) -> Any:
+def _times_at(step: int, time: int, arguments: Arguments, p: Problem) -> Any:
     """Return an index into [T, B, *] that selects the times that sequences visit at a step."""
     if not p.reverse or p.lengths is None:
         return time

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import cache
 from .cards import Card
-from .memory import Buffer
+from .memory import Arguments, Buffers, Memory
 from .problem import Pass, Problem, Recurrence
 
 
@@ -32,10 +32,12 @@ Refuses = Callable[[Any], str | None]
 """refuses(plan) returns why a plan must not be used for a layer, pass and call, or None if it may."""
 Prepare = Callable[[Any], Callable[[], object]]
 """prepare(plan) returns a function that runs a pass by a plan. The function is called once for each timing."""
-Times = Callable[[list[Any]], tuple[dict[Any, float], dict[Any, RuntimeError]]]
-"""times(plans) returns the seconds of a pass by each plan, and the errors of the plans that fail."""
-Timer = Callable[[torch.device, Prepare, list[Any]], tuple[dict[Any, float], dict[Any, RuntimeError]]]
-"""timer(device, prepare, plans) times the pass that `prepare` prepares. It returns the same as `Times`."""
+Timed = tuple[dict[Any, float], dict[Any, RuntimeError]]
+"""The seconds of a pass by each plan, and the errors of the plans that fail."""
+Times = Callable[[list[Any]], Timed]
+"""times(plans) times a pass by each of the plans."""
+Timer = Callable[[torch.device, Prepare, list[Any]], Timed]
+"""timer(device, prepare, plans) does the same for the pass that `prepare` prepares."""
 
 
 class Package(Protocol):
@@ -110,11 +112,11 @@ class Launches(NamedTuple):
     """
 
     plan: Any
-    buffers: dict[str, Buffer]
-    start: Callable[[dict[str, Any]], None]
+    buffers: Buffers
+    start: Callable[[Arguments], None]
     projects_outside: bool = False  # whether the kernels run the recurrence of m, see projection.py
-    result: Callable[[dict[str, Tensor]], Tensor] | None = None
-    more: Callable[[Recurrence, dict[str, Tensor]], dict[str, Any]] | None = None
+    result: Callable[[Memory], Tensor] | None = None
+    more: Callable[[Recurrence, Memory], Arguments] | None = None
     error_ptr: Tensor | None = None  # see timeouts.error_word
     at_once: int | None = None  # how many launches fit the card together; None if programs do not wait for each other
     inference: Callable[..., None] | None = None

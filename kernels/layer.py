@@ -12,9 +12,9 @@ from torch import Tensor
 from . import cache, heads, layer_norm, projection
 from .cells import CELLS
 from .contract import Chosen, Launcher, Launches, NoKernel, Timer
-from .memory import ALIGNMENT, allocate, buffers_of
+from .memory import ALIGNMENT, Arguments, Memory, allocate, buffers_of
 from .ordering import in_order
-from .problem import MOST, Gradients, Inputs, Pass, Problem, Recurrence, end_index, in_the_loop, unless_reset
+from .problem import MOST, Gradients, Inputs, Pass, Problem, Recurrence, Results, end_index, in_the_loop, unless_reset
 from .timeouts import raise_if_timed_out
 
 logger = logging.getLogger("gpu_lstm")
@@ -31,8 +31,8 @@ class Layer:
 
     Args:
         verify: is called at most once for each plan that may be chosen, and never while a CUDA graph is captured.
-        trial: a plan that is used without a choice and a verification.
         timer: returns a Timer, or None where plans must not be timed. It is called only where plans are verified.
+        trial: a plan that is used without a choice and a verification.
 
     Raises:
         ValueError: the backend does not support the problem, or a size is too large for kernels.
@@ -40,7 +40,7 @@ class Layer:
 
     def __init__(
         self, problem: Problem, device: torch.device, launcher: Launcher, verify: Verify | None = None,
-        trial: Any = None, timer: Callable[[], Timer | None] = lambda: None,
+        timer: Callable[[], Timer | None] = lambda: None, trial: Any = None,
     ) -> None:  # fmt: skip
         if (lacking := launcher.lacks(problem)) is not None:
             raise ValueError(f"backend {launcher.BACKEND!r} has no {lacking}")
@@ -48,14 +48,14 @@ class Layer:
         _check_count("gates of all units", 4 * problem.hidden)
         self.problem, self.device, self.verify, self.backend = problem, device, verify, launcher.BACKEND
         self._index = device.index if device.type == "cuda" else None
-        self._launcher, self._trial, self._timer = launcher, trial, timer
+        self.launcher, self._trial, self._timer = launcher, trial, timer
         self.multiplies_x = launcher.multiplies_x(problem)
         self._prepared: dict[Pass, Launches] = {}
         self._without: dict[Pass, str] = {}  # the passes for which there is no kernel, and why
         self._names = tuple(in_the_loop(problem, problem.steps))
         self._tensors, self._pointers = attrgetter(*self._names), [f"{name}_ptr" for name in self._names]
 
-    def forward(self, gates: Tensor, r: Recurrence, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def forward(self, gates: Tensor, r: Recurrence, save: bool) -> Results:
         """Run all steps. Return h, h_n, c_n and c.
 
         ```
@@ -123,9 +123,7 @@ class Layer:
             run = partial(in_order, prepared.at_once, self.device, run)
         return run(*tensors, r)
 
-    def _forward(
-        self, prepared: Launches, gates: Tensor, r: Recurrence
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _forward(self, prepared: Launches, gates: Tensor, r: Recurrence) -> Results:
         """Make the launches of `forward`. A projection outside of the time loop is not computed here."""
         memory = self._launch(prepared, gates, r, {})
         h = memory["h_ptr"] if prepared.result is None else prepared.result(memory)
@@ -146,8 +144,8 @@ class Layer:
         return Gradients(dgates, *map(memory.get, names))
 
     def _launch(
-        self, prepared: Launches, gates: Tensor, r: Recurrence, read: dict[str, Any], dc_n: Tensor | None = None
-    ) -> dict[str, Tensor]:
+        self, prepared: Launches, gates: Tensor, r: Recurrence, read: Arguments, dc_n: Tensor | None = None
+    ) -> Memory:
         """Make all launches and return their buffers by the names of pointers."""
         steps = gates.shape[0]
         memory = allocate(prepared.buffers, steps, gates, r.inputs)
@@ -173,9 +171,9 @@ class Layer:
                 verifies = self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not capturing
                 refuses = partial(self.verify, self, pass_, inputs) if verifies else None
                 timer = self._timer() if verifies else None
-                plan = self._launcher.choose(self.problem, self.device, pass_, refuses, timer)
+                plan = self.launcher.choose(self.problem, self.device, pass_, refuses, timer)
                 logger.debug("%s, %s: %s", self.problem, pass_, plan)
-            prepared = self._launcher.prepare(self.problem, pass_, plan, self.device, self._trial is not None)
+            prepared = self.launcher.prepare(self.problem, pass_, plan, self.device, self._trial is not None)
             if not capturing:
                 self._prepared[pass_] = prepared
         return prepared
@@ -198,10 +196,6 @@ class Layer:
             cache.warn_once(f"backend 'auto' does without the kernels of {self.backend!r} for {self.problem}: {why}")
         return False
 
-    def with_plan(self, plan: Any, problem: Problem | None = None) -> "Layer":
-        """Return the same layer, or a layer for a similar problem, with a plan to try."""
-        return Layer(problem or self.problem, self.device, self._launcher, trial=plan)
-
     def chosen(self, pass_: Pass) -> Chosen:
         """Return the plan of a pass. If there is none yet, return the plan of another pass of the same direction.
 
@@ -209,7 +203,7 @@ class Layer:
         """
         alike = (prepared for other, prepared in self._prepared.items() if other.backward == pass_.backward)
         prepared = self._prepared.get(pass_) or next(alike, None)
-        return self._launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
+        return self.launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
 
 
 _layers: dict[tuple[Launcher, Problem, torch.device], Layer] = {}
@@ -226,16 +220,16 @@ def forget_layers() -> None:
     plans_in_use.clear()
 
 
-def kept_layer(
-    launcher: Launcher, problem: Problem, device: torch.device, verify: Verify | None = None,
-    timer: Callable[[], Timer | None] = lambda: None,
-) -> Layer:  # fmt: skip
-    """Return a backend's Layer for a problem on a device, the same one at every call."""
+def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, *checks: Any) -> Layer:
+    """Return a backend's Layer for a problem on a device, the same one at every call.
+
+    `checks` are `verify` and `timer`, see Layer.
+    """
     key = launcher, problem, device
     if (layer := _layers.get(key)) is None:
         if len(_layers) >= MOST_LAYERS:
             forget_layers()
-        layer = _layers.setdefault(key, Layer(problem, device, launcher, verify, timer=timer))
+        layer = _layers.setdefault(key, Layer(problem, device, launcher, *checks))
     return layer
 
 

@@ -26,7 +26,13 @@ class Buffer(NamedTuple):
     fill: int | str | None = None  # 0, EVERY_BIT, or a state, "h0" or "c0"; None leaves it uninitialised
 
 
-def buffers_of(p: Problem, pass_: Pass) -> dict[str, Buffer]:
+Buffers = dict[str, Buffer]
+Memory = dict[str, Tensor]
+Arguments = dict[str, Any]
+"""The tensors that a launch writes, the same after they were allocated, and all arguments, by the names of pointers."""
+
+
+def buffers_of(p: Problem, pass_: Pass) -> Buffers:
     """Return the results of a pass as buffers, by the names of pointers. In backward they become problem.Gradients."""
     f32, of_h, of_c = torch.float32, (p.batch, p.width), (p.batch, p.hidden)
     every_c = CELLS[p.cell].kept, *of_c
@@ -47,7 +53,7 @@ def buffers_of(p: Problem, pass_: Pass) -> dict[str, Buffer]:
     return buffers
 
 
-def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+def allocate(buffers: Buffers, steps: int, like: Tensor, inputs: Inputs) -> Memory:
     """Allocate and fill the buffers of a launch over T = `steps`, on the device of `like`."""
     tensors, usual = {}, like.dtype
     for name, (dtype, size, times, fill) in buffers.items():
@@ -87,7 +93,7 @@ class WroteOutside(RuntimeError):
 
 
 @contextlib.contextmanager
-def margins(kernel: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def margins(kernel: str, arguments: Arguments) -> Iterator[Arguments]:
     """Yield the arguments for a launch with all tensors copied between margins. After the block they are copied back.
 
     Error words are passed as they are, since the host reads them at any time.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS
-from .tensors import BY_NAME, STATE, TENSORS, WEIGHT, Inputs
+from .tensors import BY_NAME, STATE, TENSORS, WEIGHT, Inputs, Shape
 
 MOST = 2**31 - 2**16
 """The most steps, sequences, or gates of all units. Kernels count them in int32, up to the end of the last tile."""
@@ -141,6 +141,10 @@ class Recurrence(NamedTuple):
     norm_c: Normed | None = None  # the layer norm of c [T, B, H] in tanh(c), float32
 
 
+Results = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""The results of forward: h, h_n, c_n and c, see layer.Layer.forward."""
+
+
 class Gradients(NamedTuple):
     """The gradients that backward returns. A field is None if there is no such gradient."""
 
@@ -152,7 +156,7 @@ class Gradients(NamedTuple):
     dreset_c: Tensor | None = None  # [T, B, H] float32, zero except at resets
 
 
-def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, tuple[int, ...]]:
+def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, Shape]:
     """Return the sizes of all tensors of TENSORS by name, whether the problem has them or not.
 
     T = `steps`, I = `features`.
@@ -164,7 +168,7 @@ def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, tuple[int, 
     return {row.name: row.sized(letters) for row in TENSORS}
 
 
-def in_the_loop(p: Problem, steps: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def in_the_loop(p: Problem, steps: int) -> dict[str, tuple[Shape, torch.dtype]]:
     """Return (size, dtype) of the Inputs that the time loop of a problem reads, where T = `steps`."""
     sizes, found = sizes_of(p, steps), {}
     for row in TENSORS:
@@ -196,12 +200,12 @@ def problem_with(told: dict[str, Any], cell: str, steps: int, **facts: Any) -> P
     return Problem(min(steps, 2), cell=cell, **flags, **facts)
 
 
-def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by_side: int = 1) -> Problem:
+def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str) -> Problem:
     """Return the problem of a call with these tensors."""
     (steps, batch, _), (_, _, hidden), width = inputs.x.shape, inputs.c0.shape, inputs.h0.shape[-1]
     return problem_with(
         told_of(inputs._asdict()), cell, steps, batch=batch, hidden=hidden, dtype=inputs.x.dtype,
-        projected=0 if inputs.weight_hr is None else width, precision=precision, side_by_side=side_by_side,
+        projected=0 if inputs.weight_hr is None else width, precision=precision,
         reverse=reverse, heads=max(1, width // max(1, inputs.weight_hh.shape[1])),
     )  # fmt: skip
 

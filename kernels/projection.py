@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Gradients, Inputs, Problem, Recurrence, end_index, unless_reset
+from .problem import Gradients, Inputs, Problem, Recurrence, Results, end_index, unless_reset
 from .settings import precision
 
 
-def forward(launch: Any, p: Problem, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def forward(launch: Any, p: Problem, gates: Tensor, r: Recurrence) -> Results:
     """Compute the same as layer.Layer.forward, where launch(gates, r) runs the recurrence of m.
 
     The gates of each sequence's first step are overwritten.

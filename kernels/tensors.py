@@ -19,6 +19,7 @@ Verification compares these gradients. AFTER: it follows from the loop's results
 """
 THERE, DIMENSIONS, DTYPE = torch.is_tensor, Tensor.dim, lambda t: t.dtype  # torch.compile traces all three
 """Values of Row.told: whether the tensor is there, its number of dimensions, or its dtype."""
+Shape = tuple[int, ...]
 
 
 class Row(NamedTuple):
@@ -35,7 +36,7 @@ class Row(NamedTuple):
     told: Callable[[Tensor], Any] | None = None  # computes the Problem's field of this name, if there is one
     sample: str = "normal"  # the kind of random numbers in verification, see gpu_lstm/verification/verify.py
 
-    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    def sized(self, sizes: Mapping[str, int]) -> Shape:
         """Return the size as numbers, from the size of each letter."""
         return tuple([sizes[letter] for letter in self.size.split()])
 

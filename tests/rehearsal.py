@@ -129,7 +129,7 @@ def arguments() -> list[dict]:
         plan = plan_of(family, problem, pass_.backward)
         for steps in (5, 16, 16):  # lengths of which Triton may make different kernels
             if not results or results[-1]["steps"] != steps:
-                layer = kept_layer(launch, problem, CUDA).with_plan(plan)
+                layer = Layer(problem, CUDA, launch, trial=plan)
             before = compiled()
             given.clear()
             named = one_pass(problem, pass_, steps, layer)

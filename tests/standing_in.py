@@ -137,8 +137,9 @@ def as_a_card(monkeypatch):
     def recorded(run, way, gates, recurrence):
         def wrapper(layer, *given):
             of_layer, given_to_it = layer.problem, given[recurrence].inputs
-            facts = of_layer.cell, of_layer.reverse, of_layer.precision, of_layer.side_by_side
+            facts = of_layer.cell, of_layer.reverse, of_layer.precision
             problem = problem_of(given_to_it._replace(x=given[gates]), *facts)
+            problem = problem._replace(side_by_side=of_layer.side_by_side)
             launched.append((way, problem))
             # A chunk may have one step where the layer has several.
             assert of_layer == problem._replace(steps=of_layer.steps), "kernels for other tensors"

@@ -22,7 +22,7 @@ from standing_in import CUDA, H100
 import gpu_lstm
 from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import cache, contract, timeouts, triton_rnn
-from gpu_lstm.kernels.layer import kept_layer
+from gpu_lstm.kernels.layer import Layer, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
@@ -320,7 +320,7 @@ def test_where_memory_is_full_another_plan_is_used_or_another_backend_until_the_
 
 
 def on_trial(problem):
-    return kept_layer(launch, problem, CUDA).with_plan(FIRST)
+    return Layer(problem, CUDA, launch, trial=FIRST)
 
 
 def only_the_third(layer, pass_, inputs, plan):

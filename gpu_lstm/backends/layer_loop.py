@@ -14,25 +14,25 @@ from ..call.noise import NO_NOISE, Noise, draw
 from ..call.options import Options
 from ..call.request import Call
 from ..call.sequences import Traversal, without_padding
-from ..call.weights import NAMES, State, Weights
+from ..call.weights import NAMES, CallResult, LayerResult, State, Weights
 from ..kernels.contract import package_of
 from ..kernels.private import is_profiled
 from ..kernels.tensors import TENSORS, Inputs
 
 NOTHING = contextlib.nullcontext()
 
-RunLayer = Callable[[Inputs, int, bool], tuple[Tensor, State]]
+RunLayer = Callable[[Inputs, int, bool], LayerResult]
 """run(inputs, row, reverse) runs one layer in one direction, number `row` of [L*D].
 
 It returns h [T, B, P] and the final state. Each backend has one such function."""
-RunDirections = Callable[[int, list[Inputs]], tuple[Tensor, list[State]]]
+RunDirections = Callable[[int, list[Inputs]], CallResult]
 """run(k, inputs [D]) runs all directions of layer k. It returns the output [T, B, D*P] and the final states [D]."""
 _IN_TIME = tuple(row.name for row in TENSORS if row.size.startswith("T"))
 
 
 def run_layers(
     call: Call, dtype: torch.dtype | None, backend: Backend, run: RunLayer, together: RunDirections | None = None
-) -> tuple[Tensor, list[State]]:
+) -> CallResult:
     """Run all layers in order, with dropout and residual connections between them.
 
     All tensors are first cast to `dtype`, and the layers run without autocast. If `dtype` is None, nothing is cast, and
@@ -152,7 +152,7 @@ def computes_in_float32(backend: Backend, dtype: torch.dtype) -> bool:
     return backend in KERNEL_BACKENDS and dtype in package_of(backend.value).IN_FLOAT32
 
 
-def rounded(call: Call, dtype: torch.dtype, y: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
+def rounded(call: Call, dtype: torch.dtype, y: Tensor, states: list[State]) -> CallResult:
     """The results of a call that was computed in float32, in the dtypes that results of a call in `dtype` have."""
     of_c = _dtypes_of_c(call, dtype)
     return y.to(dtype), [(h.to(dtype), c.to(each)) for (h, c), each in zip(states, of_c)]

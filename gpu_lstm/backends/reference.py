@@ -18,7 +18,7 @@ from ..call.noise import scaled
 from ..call.regularisers import AFTER
 from ..call.request import Call
 from ..call.sequences import where
-from ..call.weights import State, Weights
+from ..call.weights import CallResult, LayerResult, State, Weights
 from ..equations import EQUATIONS
 from ..equations.lstm import FourGates, linear
 from ..kernels.cells import Cell
@@ -38,19 +38,18 @@ class Steps(NamedTuple):
 Record = Callable[[Steps], None]
 
 
-def by_reference(call: Call, dtype: torch.dtype, record: Record | None = None) -> tuple[Tensor, list[State]]:
+def by_reference(call: Call, dtype: torch.dtype, record: Record | None = None) -> CallResult:
     """Run all layers of a call in `dtype`, and return the same as layer_loop.run_layers.
 
     `record` receives the Steps of each layer and direction.
     """
+    return run_layers(
+        call, dtype, Backend.REFERENCE,
+        lambda inputs, row, reverse: layer_by_reference(call.options.cell, inputs, reverse, record),
+    )  # fmt: skip
 
-    def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
-        return layer_by_reference(call.options.cell, inputs, reverse, record)
 
-    return run_layers(call, dtype, Backend.REFERENCE, run_layer)
-
-
-def layer_by_reference(cell: Cell, inputs: Inputs, reverse: bool, record: Record | None = None) -> tuple[Tensor, State]:
+def layer_by_reference(cell: Cell, inputs: Inputs, reverse: bool, record: Record | None = None) -> LayerResult:
     """Run one layer in one direction, step by step. A step of an LSTM computes (equations/ has all cells):
 
         z = W_ih x + b_ih + W_hh h + b_hh       h' = m, or W_hr m with a projection

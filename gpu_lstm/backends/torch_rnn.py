@@ -24,7 +24,7 @@ from ..call.choices import Backend
 from ..call.modes import Recording, autocast_dtype, is_transformed
 from ..call.request import Call, Request
 from ..call.sequences import EVERY_STEP, where
-from ..call.weights import State, Weights
+from ..call.weights import AllWeights, CallResult, LayerResult, State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
 from ..kernels.private import storage_of
@@ -52,7 +52,7 @@ def too_long(x: Tensor, steps: int) -> bool:
     return x.is_cuda and steps > MOST_STEPS
 
 
-def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
+def as_given(request: Request) -> CallResult | None:
     """Run torch's own operator on a request as a module or a cell received it.
 
     Returns the output and the states, or None if the operator does not support everything in the request.
@@ -69,7 +69,7 @@ def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
     return _step_of_some(request, lengths) if one else None
 
 
-def _every_step(request: Request) -> tuple[Tensor, list[State]]:
+def _every_step(request: Request) -> CallResult:
     """Compute `as_given` for a module without lengths."""
     options, weights, state = request.options, request.weights, request.states[0]
     one = request.steps == options.directions == 1 and not options.sizes[0].projected
@@ -80,7 +80,7 @@ def _every_step(request: Request) -> tuple[Tensor, list[State]]:
     return y, [state]
 
 
-def _step_of_some(request: Request, lengths: Tensor) -> tuple[Tensor, list[State]]:
+def _step_of_some(request: Request, lengths: Tensor) -> CallResult:
     """Compute `as_given` for one step with lengths [B].
 
     All sequences take the step, and afterwards sequences of length 0 get their previous state back.
@@ -104,7 +104,7 @@ def step_of_cell(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
     return lstm_cell(x, state, w.weight_ih, weight_hh, w.bias_ih, w.bias_hh)
 
 
-def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
+def by_torch(call: Call, dtype: torch.dtype) -> CallResult:
     """Run all layers of a call that `as_given` does not support, in `dtype`. Return the same as run_layers."""
     options, cell = call.options, call.options.cell
     is_plain = call.traversal.is_plain() and not isinstance(options.role, roles.Function)
@@ -119,21 +119,22 @@ def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         """
         return x.to(call.x.dtype) if x.is_cpu else x
 
-    def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
-        return layer_by_torch(cell, inputs._replace(x=as_first(inputs.x)), reverse)
-
-    def run_directions(k: int, inputs: list[Inputs]) -> tuple[Tensor, list[State]]:
+    def run_directions(k: int, inputs: list[Inputs]) -> CallResult:
         x, state = as_first(inputs[0].x), joined([(each.h0, each.c0) for each in inputs])
         with named(k, None, Backend.TORCH):
             y, final = stack(cell, x, state, [call.weights[k]], training=options.training)
         return y, split(final)
 
-    if is_plain:
-        return run_layers(call, None, Backend.TORCH, run_layer, run_directions)
-    if call.x.is_cuda:  # autocast would cast cuDNN's layers to float16, in which the huge weights overflow
-        return run_layers(call, dtype, Backend.TORCH, run_layer)
-    weights = [[one.to(call.modes.autocast or dtype) for one in layer] for layer in call.weights]
-    return run_layers(call._replace(weights=weights), None, Backend.TORCH, run_layer)  # autocast casts the others
+    cast_to = None
+    if not is_plain and call.x.is_cuda:  # autocast would cast cuDNN's layers to float16, where huge weights overflow
+        cast_to = dtype
+    elif not is_plain:  # autocast casts the other tensors
+        call = call._replace(weights=[[w.to(call.modes.autocast or dtype) for w in layer] for layer in call.weights])
+    return run_layers(
+        call, cast_to, Backend.TORCH,
+        lambda inputs, row, reverse: layer_by_torch(cell, inputs._replace(x=as_first(inputs.x)), reverse),
+        run_directions if is_plain else None,
+    )  # fmt: skip
 
 
 def joined(rows: list[State]) -> State:
@@ -151,11 +152,11 @@ def stack(
     cell: Cell,
     x: Tensor,  # [T, B, I]; packed [N, I] with batch_sizes
     state: State,  # ([L*D, B, P], [L*D, B, H])
-    layers: list[list[Weights]],  # [L][D], all layers of one size
+    layers: AllWeights,  # [L][D], all layers of one size
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,  # as in a PackedSequence
-) -> tuple[Tensor, State]:
+) -> LayerResult:
     """Run torch's own LSTM or GRU over layers of one size.
 
     Returns the output, [T, B, D*P] or packed [N, D*P], and the final states.
@@ -191,7 +192,7 @@ def stack(
     return y, (h_n, c_n.float() if exact else c_n)
 
 
-def _cell_by_cell(cell: Cell, x: Tensor, state: State, layers: list[list[Weights]]) -> tuple[Tensor, list[State]]:
+def _cell_by_cell(cell: Cell, x: Tensor, state: State, layers: AllWeights) -> CallResult:
     """Run one step of all layers by torch's operator for a cell.
 
     It is faster than torch's operator for whole layers, which packs all weights of an LSTM for oneDNN at every call.
@@ -206,7 +207,7 @@ def _cell_by_cell(cell: Cell, x: Tensor, state: State, layers: list[list[Weights
     return h[None], [(h_n, h_n if cell is GRU else torch.stack(cs))]
 
 
-def _head_by_head(cell: Cell, x: Tensor, state: State, layer: list[Weights], columns: int) -> tuple[Tensor, State]:
+def _head_by_head(cell: Cell, x: Tensor, state: State, layer: list[Weights], columns: int) -> LayerResult:
     """Compute `stack` for one layer of heads of `columns` units, with each head as a layer of its own."""
 
     def of_head(weights: Weights, n: int) -> Weights:
@@ -234,7 +235,7 @@ def packed(weights: list[Tensor]) -> list[Tensor]:
     return [views[t] for t in weights]
 
 
-def layer_by_torch(cell: Cell, inputs: Inputs, reverse: bool) -> tuple[Tensor, State]:
+def layer_by_torch(cell: Cell, inputs: Inputs, reverse: bool) -> LayerResult:
     """Run one layer in one direction. Return h and the final state, as a layer_loop.RunLayer does.
 
     torch runs the reverse direction only together with the forward one. So here the input is reversed in time, the

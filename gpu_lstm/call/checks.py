@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..kernels.cells import Cell
 from ..kernels.private import assert_on_device
-from ..kernels.tensors import BY_NAME, VARIANT, names_of
+from ..kernels.tensors import BY_NAME, VARIANT, Shape, names_of
 from .modes import autocasts, need_the_reference
-from .weights import NAMES, Weights
+from .weights import NAMES, AllWeights, Weights
 
 SWAPPED = "; it fits if the input's first two dimensions change places, see batch_first"  # the end of an error's text
 
@@ -143,7 +143,7 @@ def check_list(states: Any, names: Sequence[str], layers: int, name: str, error:
     return states
 
 
-def check_size(name: str, tensor: Tensor, size: tuple[int, ...], swapped: Sequence[int] = ()) -> None:
+def check_size(name: str, tensor: Tensor, size: Shape, swapped: Sequence[int] = ()) -> None:
     """Raise, in torch's words, unless a tensor has this size.
 
     `swapped` is the size that would be right if the first two dimensions of the input were swapped. The error says so.
@@ -153,7 +153,7 @@ def check_size(name: str, tensor: Tensor, size: tuple[int, ...], swapped: Sequen
         raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}{hint}")
 
 
-def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: list[list[Weights]]) -> None:
+def check_weights(layer: Weights, sizes: Sequence[Shape], weights: AllWeights) -> None:
     """Raise unless the weights of a layer in one direction fit.
 
     `layer` has the weights to check. `sizes` are the sizes of its tensors, in the order of Weights. bias_ih and bias_hh
@@ -229,7 +229,7 @@ def check_device(what: str, tensor: Tensor, x: Tensor) -> None:
         raise RuntimeError(f"Input and {what} tensors are not at the same device, {found}")
 
 
-def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor) -> None:
+def check_lengths(lengths: Tensor, steps: int, shape: Shape, x: Tensor) -> None:
     """Raise unless `lengths` is an int tensor of this shape, on the device of x, with values from 0 to `steps`.
 
     On CUDA the values are asserted on the device, without a synchronisation. On a CPU they are checked at once.
@@ -258,7 +258,7 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor
         assert_on_device(fits, f"Expected lengths from 0 to {steps}, the number of steps")
 
 
-def check_resets(resets: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+def check_resets(resets: Tensor, shape: Shape, x: Tensor) -> None:
     """Raise unless `resets` is a bool tensor of this shape, on the device of the input."""
     check_tensor(resets, "resets")
     if resets.dtype != torch.bool:

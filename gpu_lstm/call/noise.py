@@ -12,13 +12,13 @@ from torch import Tensor
 from ..kernels.tensors import Noise
 from .options import Options
 from .regularisers import SCALING, Drawing
-from .weights import Size, Weights
+from .weights import AllWeights, Size
 
 NO_NOISE = Noise()
 
 
 def draw(
-    layers: list[list[Weights]], sizes: tuple[int, int], dtype: torch.dtype, options: Options
+    layers: AllWeights, sizes: tuple[int, int], dtype: torch.dtype, options: Options
 ) -> tuple[list[list[Noise]], list[Tensor | None]]:
     """Return the noise of a call by layer and direction, [L][D], and the masks of dropout, [L].
 
@@ -41,7 +41,7 @@ def draw(
     return noise, [*map(mask_of, options.sizes[:-1]), None]
 
 
-def with_weight_drop(layers: list[list[Weights]], options: Options) -> list[list[Weights]]:
+def with_weight_drop(layers: AllWeights, options: Options) -> AllWeights:
     """Return the weights [L][D] of a call, with W_hh as the regularisers changed it."""
     for thing, rate in options.on:
         layers = [[w._replace(weight_hh=thing.weight_hh(w.weight_hh, rate)) for w in layer] for layer in layers]

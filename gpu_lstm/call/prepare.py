@@ -15,11 +15,11 @@ from .options import NORMS, Arguments, Options, options_of
 from .request import Request
 from .roles import RESET_STATES, Form
 from .sequences import EVERY_STEP, Traversal
-from .weights import State, Weights, size_of
+from .weights import AllWeights, State, Weights, size_of
 
 
 def request_of(
-    options: Options, weights: list[list[Weights]], input: Tensor | PackedSequence, hx: Any = None,
+    options: Options, weights: AllWeights, input: Tensor | PackedSequence, hx: Any = None,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
 ) -> Request:  # fmt: skip
     """Return the request of a call, checked. `weights` are [L][D].
@@ -105,7 +105,7 @@ def request_of_layer(
 
 
 def _check_tensors(
-    options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]], grad: bool
+    options: Options, form: Form, x: Tensor, states: list[State], weights: AllWeights, grad: bool
 ) -> tuple[bool, bool]:
     """Raise unless all tensors fit together. Return (learns, plain).
 

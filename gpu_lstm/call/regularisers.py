@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..kernels.cells import Cell
 from ..kernels.tensors import Noise
+from .weights import State
 
 
 class Drawing(NamedTuple):
@@ -69,7 +70,7 @@ class Regulariser:
         """
         return h
 
-    def after(self, before: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], noise: Noise) -> tuple[Tensor, Tensor]:
+    def after(self, before: State, new: State, noise: Noise) -> State:
         """Return (h, c) after a step. `before` is the state before the step, `new` the state that the step computed.
 
         `noise` has the tensors of this step.
@@ -152,7 +153,7 @@ class Zoneout(Regulariser):
         h = stays(rate[0], width)
         return h, h if of.one_state else stays(rate[1], of.hidden)
 
-    def after(self, before: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], noise: Noise) -> tuple[Tensor, Tensor]:
+    def after(self, before: State, new: State, noise: Noise) -> State:
         (h, c), (h_next, c_next) = before, new
         if noise.zoneout_c is not None:
             c_next = noise.zoneout_c * c + (1 - noise.zoneout_c) * c_next

@@ -8,7 +8,7 @@ from .modes import Modes, Recording
 from .options import Options
 from .roles import Form
 from .sequences import Traversal
-from .weights import State, Weights
+from .weights import AllWeights, State
 
 
 class Request(NamedTuple):
@@ -21,7 +21,7 @@ class Request(NamedTuple):
     steps: int
     batch: int
     states: list[State]  # the role's blocks
-    weights: list[list[Weights]]  # [L][D]
+    weights: AllWeights  # [L][D]
     traversal: Traversal  # of the forward direction; with lstm_layer(reverse=True), of the reverse direction
     options: Options
     form: Form

@@ -29,7 +29,7 @@ from ..equations import EQUATIONS
 from ..kernels import cells
 from . import checks
 from .modes import autocasts
-from .weights import Size, State, Weights
+from .weights import AllWeights, Size, State, Weights
 
 TORCHS = vars(rnn).copy()  # torch's classes by name, even if somebody replaces them in torch later
 RESET_STATES = "reset_states"  # the argument of a call, for errors
@@ -211,7 +211,7 @@ class Role:
         numbers = EQUATIONS[self.cell.name].states_from(*[t.to(exact) for t in others])  # K of [*lead, B, H]
         return h, torch.stack(numbers, -3).flatten(0, -3)
 
-    def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
+    def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: AllWeights) -> None:
         """Raise, in torch's words, unless all tensors have one dtype and one device.
 
         Module and Cell also raise unless x has the right number of features.
@@ -303,7 +303,7 @@ class Module(Role):
             checks.check_count(hx, (2,), checks.PAIR, RuntimeError)
         return (hx,)
 
-    def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
+    def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: AllWeights) -> None:
         weight = x if form.packed is not None else weights[0][0].weight_ih
         if x.shape[-1] != self.inputs or not (x.dtype is weight.dtype or autocasts(x)):
             checks.check_as_torch(x, self.inputs, weight)
@@ -331,7 +331,7 @@ class Cell(Role):
             self._ask_torch(x if form.batched else x[0], hx)
         return (hx,)
 
-    def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
+    def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: AllWeights) -> None:
         try:
             checks.check_as_torch(x, self.inputs, x)
             super().check_tensors(form, x, states, weights)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.tensors import BY_NAME
+from ..kernels.tensors import BY_NAME, Shape
 from .autocast_cache import cast
 
 State = tuple[Tensor, Tensor]
@@ -47,9 +47,14 @@ class Weights(NamedTuple):
 
 
 NAMES = Weights._fields
+AllWeights = list[list[Weights]]
+"""The weights of a call by layer and direction, [L][D]."""
+LayerResult = tuple[Tensor, State]
+CallResult = tuple[Tensor, list[State]]
+"""The output of a layer in one direction and its final state. The output of all layers and their final states."""
 
 
-def weights_now(module: Any, names: tuple) -> list[list[Weights]]:
+def weights_now(module: Any, names: tuple) -> AllWeights:
     """Return the current weights of a module by layer and direction, [L][D].
 
     `names` are the names of the parameters, see Options.names.
@@ -74,7 +79,7 @@ class Size(NamedTuple):
         """The number of features of h."""
         return self.projected or self.hidden
 
-    def of(self, names: Sequence[str], rows: int) -> tuple[tuple[int, ...], ...]:
+    def of(self, names: Sequence[str], rows: int) -> tuple[Shape, ...]:
         """Return the sizes of the weights with these names. Each weight has `rows` rows for each unit."""
         hidden = self.hidden
         letters = {"I": self.inputs, "H": hidden, "P": self.width, "4H": rows * hidden, "3H": 3 * hidden}

@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -116,7 +115,7 @@ def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> De
     return Decision(Backend(entry["backend"]), entry["why"], entry["seconds"])
 
 
-def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
+def _key(kind: Kind, able: Backend, device: torch.device) -> cache.Key:
     """Return the key of a race on disk."""
     how = {"kernel": able.value, "multiprocessors": launcher_of(able.value).card_of(device).multiprocessors}
     return machine_of(able.value, device) | how | kind.as_json()
@@ -259,7 +258,7 @@ def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[
     return run
 
 
-def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
+def _agreed(decision: Decision, key: cache.Key) -> Decision:
     """Return the decision of the rank of torch.distributed that decided first. A rank whose kernels fail keeps its own.
 
     The first decision is in the store of the process group, so no rank waits for another, whatever calls they make.

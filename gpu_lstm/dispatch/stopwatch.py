@@ -17,6 +17,9 @@ MOST_CALLS, MOST_ROUNDS = 64, 200  # calls of a round, rounds of a race
 CLEAR = 1.3  # a race ends when every call of one rival was faster than every call of the other by this factor
 UNCERTAIN = 0.5  # a tie is not cached if the quartiles of the ratio differ by more than this share of its median
 
+Times = dict[str, list[float]]
+"""The seconds of a call by each rival, in each round of a race."""
+
 
 class Decision(NamedTuple):
     """Which backend runs a kind of call, and why."""
@@ -37,7 +40,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:
+def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> Times:
     """Time the rivals in turns until the budget is spent or one of them is clearly faster.
 
     Each rival first runs twice. Then there are at least three rounds, or two if these take longer than the budget. In a
@@ -49,7 +52,7 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
         start = now()
         run()
         calls[name] = min(MOST_CALLS, max(1, ceil(ROUND / max(now() - start, 1e-9))))
-    times: dict[str, list[float]] = {name: [] for name in rivals}
+    times: Times = {name: [] for name in rivals}
     end = now() + BUDGET
     for number in range(MOST_ROUNDS):  # a limit that does not depend on the clock
         for name, run in rivals.items():
@@ -64,7 +67,7 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
     return times
 
 
-def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, bool]:
+def judge(times: Times, expected: Decision) -> tuple[Decision, bool]:
     """Return the decision, and whether it is certain enough to be cached.
 
     The times of the same round are compared with each other, since other programs slow down whole rounds. The winner is

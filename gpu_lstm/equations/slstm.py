@@ -64,17 +64,12 @@ def next_sum(i: Tensor, f: Tensor, l: Tensor, learns: bool = True) -> tuple[Tens
     """
     k = l + F.logsigmoid(f)
     a = i - k.clamp(min=torch.finfo(k.dtype).min)  # -inf, not NaN, where both are -inf
-    return a.sigmoid(), _log_of_sum(i, k, a) if learns else torch.logaddexp(i, k)
-
-
-def _log_of_sum(i: Tensor, k: Tensor, a: Tensor) -> Tensor:
-    """Return log(e^k + e^i), where a = i - k, with correct derivatives of any order.
-
-    The second derivatives of torch.logaddexp are NaN where i and k are far apart. Those of torch.maximum and torch.abs
-    are wrong where i = k.
-    """
+    if not learns:
+        return a.sigmoid(), torch.logaddexp(i, k)
+    # The second derivatives of torch.logaddexp are NaN where i and k are far apart. The second
+    # derivatives of torch.maximum and torch.abs are wrong where i = k. This sum has correct derivatives of any order.
     newer = a > 0
-    return torch.where(newer, i, k) + F.softplus(torch.where(newer, -a, a))
+    return a.sigmoid(), torch.where(newer, i, k) + F.softplus(torch.where(newer, -a, a))
 
 
 def output(gates: FourGates, c: Tensor, gain: None, bias: None) -> Tensor:

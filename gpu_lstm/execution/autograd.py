@@ -17,7 +17,7 @@ from ..backends.layer_loop import NOTHING
 from ..call.choices import Backend, chosen_backends
 from ..call.modes import Transforms, are_differentiated, is_transformed
 from ..call.request import Call
-from ..call.weights import State
+from ..call.weights import LayerResult
 from ..kernels import private
 from ..kernels.contract import NoKernel
 from ..kernels.layer import Layer
@@ -27,9 +27,7 @@ from .operators import BACKWARD, LIBRARY, OPERATOR, How, operator_name, without_
 Tensors = Sequence[Tensor | None]
 
 
-def layer_by_kernels(
-    layers: Sequence[Layer], call: Call, inputs: Inputs, row: int, reverse: bool
-) -> tuple[Tensor, State]:
+def layer_by_kernels(layers: Sequence[Layer], call: Call, inputs: Inputs, row: int, reverse: bool) -> LayerResult:
     """Run one layer in one direction by kernels, differentiable to any order, as a layer_loop.RunLayer does.
 
     `layers` [L*D] has its kernels at `row`. The final states have the dtypes of h0 and c0.

@@ -15,7 +15,7 @@ from ..call.choices import Backend
 from ..call.modes import Recording, constant_when_traced
 from ..call.request import Call
 from ..call.roles import Function
-from ..call.weights import State
+from ..call.weights import CallResult, LayerResult
 from ..kernels import private
 from ..kernels.tensors import Inputs
 from .operators import OPERATOR
@@ -23,7 +23,7 @@ from .operators import OPERATOR
 _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 
 
-def by_operators(call: Call, dtype: torch.dtype, backend: Backend, name: str) -> tuple[Tensor, list[State]]:
+def by_operators(call: Call, dtype: torch.dtype, backend: Backend, name: str) -> CallResult:
     """Run all layers of a call by operators, in `dtype`, and return the same as layer_loop.run_layers.
 
     `name` is the backend's operator_name.
@@ -36,12 +36,12 @@ def by_operators(call: Call, dtype: torch.dtype, backend: Backend, name: str) ->
     if private.is_exporting():
         _tell_what_a_program_needs()
 
-    def run_layer(tensors: Sequence[Tensor | None], row: int, reverse: bool) -> tuple[Tensor, State]:
+    def run_layer(tensors: Sequence[Tensor | None], row: int, reverse: bool) -> LayerResult:
         save = call.modes.grad and any([t is not None and t.requires_grad for t in tensors])
         h, h_n, c_n, *_ = OPERATOR(call.options.cell.name, reverse, name, save, call.options.recompute, *tensors)
         return h, (h_n, c_n)
 
-    def run_directions(k: int, inputs: list[Inputs]) -> tuple[Tensor, list[State]]:
+    def run_directions(k: int, inputs: list[Inputs]) -> CallResult:
         h0, c0 = joined([(each.h0, each.c0) for each in inputs])
         second = [t for each in inputs[1:] for t in weights_of(each)]
         y, final = run_layer([*inputs[0]._replace(h0=h0, c0=c0), *second], 0, False)

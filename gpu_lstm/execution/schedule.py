@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends.layer_loop import RunLayer, named, run_layers, traversal_of, within
 from ..call.choices import Backend
 from ..call.request import Call, Request
-from ..call.weights import State
+from ..call.weights import CallResult, LayerResult
 from ..kernels.cells import Cell
 from ..kernels.layer import Layer
 from ..kernels.tensors import Inputs
@@ -50,7 +50,7 @@ def schedule_of(call: Request, size: int) -> Schedule:
 
 def by_kernels(
     call: Call, dtype: torch.dtype, backend: Backend, layers: Sequence[Layer], schedule: Schedule
-) -> tuple[Tensor, list[State]]:
+) -> CallResult:
     """Run all layers of a call in `dtype` by the kernels of `layers` [L*D]. Return the same as run_layers."""
     run: RunLayer = partial(autograd.layer_by_kernels, layers, call)
     if schedule.longest < call.steps:
@@ -59,7 +59,7 @@ def by_kernels(
     return run_layers(call, dtype, backend, run, together)
 
 
-def _in_chunks(longest: int, cell: Cell, run: RunLayer, given: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
+def _in_chunks(longest: int, cell: Cell, run: RunLayer, given: Inputs, row: int, reverse: bool) -> LayerResult:
     """Run one layer in one direction in chunks of `longest` steps, without autograd, as a layer_loop.RunLayer does.
 
     `run` runs a chunk. The reverse direction begins with the last chunk. Between chunks c is float32.
@@ -75,9 +75,7 @@ def _in_chunks(longest: int, cell: Cell, run: RunLayer, given: Inputs, row: int,
     return y, (h, c.to(given.c0.dtype))
 
 
-def _side_by_side(
-    streams: Streams, backend: Backend, run: RunLayer, k: int, inputs: list[Inputs]
-) -> tuple[Tensor, list[State]]:
+def _side_by_side(streams: Streams, backend: Backend, run: RunLayer, k: int, inputs: list[Inputs]) -> CallResult:
     """Run the two directions of layer k, each on its own stream, as a layer_loop.RunDirections does."""
     results, current = [], torch.cuda.current_stream(inputs[0].x.device)
     for d, stream in enumerate(streams):

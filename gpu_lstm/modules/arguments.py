@@ -255,13 +255,10 @@ class Layers(Checked):
             raise TypeError(f"{name} accepts lengths, and no mask{torchrls.format(name)}")
         return run_call(self._request(input, hx, lengths, resets, reset_states))
 
-    def _request(
-        self, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None,
-        resets: Tensor | None = None, reset_states: Any = None,
-    ) -> Request:  # fmt: skip
-        """Return the request of a call, checked."""
+    def _request(self, *given: Any, **named: Any) -> Request:
+        """Return the request of a call with these arguments of `forward`, checked."""
         options = self._options()
-        return request_of(options, self._weights(options.names), input, hx, lengths, resets, reset_states)
+        return request_of(options, self._weights(options.names), *given, **named)
 
     def _options(self: Any) -> Options:
         """Return the Options that follow from the current attributes."""

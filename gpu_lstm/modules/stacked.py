@@ -11,7 +11,7 @@ from torch.types import Device
 from ..call import roles
 from ..call.checks import check_bool, check_heads, check_positive
 from ..call.choices import AnyBackend
-from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights, weights_now
+from ..call.weights import LAYER_NORM, PEEPHOLES, AllWeights, State, weights_now
 from .arguments import Called, HasVariants, Layers, norms_of, repr_of
 from .recurrent import GRU, LSTM
 
@@ -66,7 +66,7 @@ class Stack(Layers, nn.Module):
             check_bool(name, value)
         super().__setattr__(name, value)
 
-    def _weights(self, names: tuple) -> list[list[Weights]]:
+    def _weights(self, names: tuple) -> AllWeights:
         """Return the current weights by layer and direction, [L][D]. See `weights_now` for `names`."""
         return [weights_now(module, (of_layer,))[0] for module, of_layer in zip(self.layers, names)]
 

@@ -9,7 +9,7 @@ import torch
 
 from ..call.choices import Racing, requested_racing
 from ..call.settings import alone
-from ..kernels.contract import Prepare, Timer
+from ..kernels.contract import Prepare, Timed, Timer
 from ..kernels.private import is_profiled
 from ..kernels.timeouts import wait_and_check
 
@@ -26,9 +26,7 @@ def is_disturbed() -> bool:
     return is_profiled() or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
 
 
-def least_seconds(
-    device: torch.device, prepare: Prepare, plans: list[Any]
-) -> tuple[dict[Any, float], dict[Any, RuntimeError]]:
+def least_seconds(device: torch.device, prepare: Prepare, plans: list[Any]) -> Timed:
     """Time the plans, see contract.Timer.
 
     Raises:

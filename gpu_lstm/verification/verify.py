@@ -43,6 +43,9 @@ ENDED = f"the process that tried it ended meanwhile; {AGAIN}"
 RATE = 0.25  # the rate of zoneout in eval()
 logger = logging.getLogger("gpu_lstm")
 
+Results = dict[str, Tensor]
+"""Results of a forward pass or gradients of a backward pass, by name."""
+
 
 def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
     """Return the kept Layer of a backend for a problem on a device. It verifies each plan before its first use."""
@@ -104,7 +107,7 @@ def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cach
 def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
     """Try a plan, and return "right" or a description of its error."""
     device, problem = layer.device, layer.problem._replace(batch=plan.sequences_enough(layer.problem))
-    on_trial, smalls, runs = layer.with_plan(plan, problem), [], []
+    on_trial, smalls, runs = Layer(problem, device, layer.launcher, trial=plan), [], []
     for seed in range(min(MOST_SEEDS, ceil(ENOUGH / (problem.batch * problem.width)))):
         with alone(grad=True), torch.autocast(device.type, enabled=False):
             smalls.append(small := Small(problem, pass_, inputs, seed))
@@ -119,7 +122,7 @@ def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
     truths, theirs_, ours = zip(*runs)
     rounds = problem.precision == "tf32" and device.type == "cuda"  # a CPU has no TF32, whatever cuDNN's switch says
     last_place = 2.0**-10 if rounds else torch.finfo(problem.dtype).eps  # the unit in the last place of products
-    rounded: list[list[dict[str, Tensor]]] = []
+    rounded: list[list[Results]] = []
     for name in truths[0]:
         true = torch.cat([each[name].flatten() for each in truths])
         our_rms, scale = _rms_error(ours, name, true), float(true.where(true.isfinite(), 0).abs().max())
@@ -132,7 +135,7 @@ def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
     return "right"
 
 
-def _rms_error(results: Sequence[dict[str, Tensor]], name: str, true: Tensor) -> float:
+def _rms_error(results: Sequence[Results], name: str, true: Tensor) -> float:
     """Return the root mean square error of a result in all small problems."""
     found = torch.cat([each[name].double().flatten() for each in results])
     return float((found - true).where(found != true, 0).square().mean().sqrt())  # inf - inf is NaN, but no error
@@ -227,19 +230,19 @@ class Small:
         dh, dh_n = (normal(*size, p.batch, p.width).to(like.x.device) for size in ((steps,), (1,)))
         self.output_gradients = dh if pass_.dh else None, dh_n if pass_.dh_n else None
 
-    def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Steps]:
+    def by_reference(self, dtype: torch.dtype) -> tuple[Results, Steps]:
         """Return the reference's results in a dtype, and its Steps."""
         record: list[Steps] = []
         run = partial(reference.layer_by_reference, self.cell, record=record.append)
         return self.results(run, dtype), record[0]
 
-    def with_roundings(self, draw: int) -> dict[str, Tensor]:
+    def with_roundings(self, draw: int) -> Results:
         """Return the reference's results in float64, with random roundings of the problem's dtype."""
         device = self.inputs.x.device.type
         with alone(grad=True), torch.autocast(device, enabled=False), Rounded(self.problem.dtype, draw):
             return self.by_reference(torch.float64)[0]
 
-    def yardstick(self) -> dict[str, Tensor]:
+    def yardstick(self) -> Results:
         """Return the results of torch's own layer, or of the reference in the same dtype if torch has no such layer.
 
         The reference also replaces torch's own where cuDNN fails, and for gradients of a GRU. Two gradients of its
@@ -255,7 +258,7 @@ class Small:
                 logger.info("torch's own is no yardstick for %s: %s", p, error)
         return self.by_reference(p.dtype)[0]
 
-    def results(self, run: Callable[..., Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    def results(self, run: Callable[..., Any], dtype: torch.dtype) -> Results:
         """Return the results of run(inputs, reverse) in a dtype, or in a backward pass its gradients, by name."""
         learns = self.pass_.backward
         learnt = {name: t for name in LEARNT if (t := getattr(self.inputs, name)) is not None}
@@ -268,7 +271,7 @@ class Small:
         gradients = torch.autograd.grad([y for y, _ in pairs], wanted, [d for _, d in pairs])
         return {f"the gradient of {name}": gradient for name, gradient in zip(self.compared, gradients)}
 
-    def by_kernels(self, layer: Layer, steps: Steps) -> dict[str, Tensor]:
+    def by_kernels(self, layer: Layer, steps: Steps) -> Results:
         """Return the results or gradients by a Layer. Backward reads the gates and states of the reference."""
         dtype, inputs = self.problem.dtype, self.inputs
         if not self.pass_.backward:

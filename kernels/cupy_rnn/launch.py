@@ -15,7 +15,7 @@ from .. import by_steps
 from ..by_steps import Part
 from ..cards import Card, cuda_obstacle
 from ..contract import Chosen, Launches, NoKernel, OnlyPlan, Refuses, Timer
-from ..memory import checking, margins
+from ..memory import Arguments, checking, margins
 from ..problem import Pass, Problem
 
 FOLDER = Path(__file__).with_name("cuda")
@@ -50,7 +50,7 @@ def layout() -> Any:
     return numpy.dtype([(f.lstrip("*"), numpy.uint64 if "*" in f else numpy.int32) for f in fields], align=True)
 
 
-def put(call: Any, arguments: dict[str, Any]) -> Any:
+def put(call: Any, arguments: Arguments) -> Any:
     """Put arguments into a `Call`, tensors as their addresses and None as a null pointer, and return it."""
     for name, a in arguments.items():
         call[name.removesuffix("_ptr")] = address(a) if isinstance(a, Tensor) else a or 0
@@ -74,7 +74,7 @@ def name_of(part: Part, backward: bool) -> str:
     return f"{KERNELS[backward]}<{ELEMENTS[p.dtype]}, {p.cell.capitalize()}, '{part.start}', '{part.end}'>"
 
 
-def bind(part: Part, backward: bool, device: torch.device, arguments: dict[str, Any]) -> by_steps.Launch:
+def bind(part: Part, backward: bool, device: torch.device, arguments: Arguments) -> by_steps.Launch:
     """Bind the arguments of a part, see by_steps.Bind. CuPy passes a numpy array of one element by value."""
     import numpy
 
@@ -98,7 +98,7 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
     p, backward = by_steps.within(problem), pass_.backward
     binds = [partial(bind, part, backward, device) for part in by_steps.parts_of(p, backward)]
 
-    def start(arguments: dict[str, Any]) -> None:
+    def start(arguments: Arguments) -> None:
         if p.lengths is torch.int64:
             arguments["lengths_ptr"] = arguments["lengths_ptr"].int()
         with stream(device):

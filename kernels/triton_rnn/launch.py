@@ -21,7 +21,7 @@ from ..cards import REGISTERS, cuda_obstacle
 from ..cells import CELLS
 from ..contract import Chosen, Launches, Refuses, Timer, launcher_of
 from ..layer import Layer
-from ..memory import allocate, buffers_of, checking, margins
+from ..memory import Arguments, allocate, buffers_of, checking, margins
 from ..problem import Inputs, Normed, Pass, Problem, Recurrence, in_the_loop
 from ..timeouts import error_word
 from . import features
@@ -49,7 +49,7 @@ launch_kernel: Launch | None = _interpret if INTERPRETED else None
 class Kernel:
     """A kernel as one plan launches it. `fixed` has its sizes "S" and its options, and a call passes the rest."""
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], fixed: dict[str, Any], launch: Launch | None) -> None:
+    def __init__(self, kernel: Any, grid: tuple[int, ...], fixed: Arguments, launch: Launch | None) -> None:
         self._kernel, self._grid, self._fixed, self._launch = kernel, grid, fixed, launch
         parameters = names_of(kernel)
         self._names = tuple(itertools.chain(*parameters))
@@ -58,7 +58,7 @@ class Kernel:
         self._in_tuples = itemgetter(*(slice(*ab) if ab[1] - ab[0] > 1 else ab[0] for ab in itertools.pairwise(ends)))
         self._compiled: Callable[..., None] | None = None
 
-    def __call__(self, arguments: dict[str, Any]) -> None:
+    def __call__(self, arguments: Arguments) -> None:
         """Launch the kernel with the arguments for which it has parameters, and with None for those that are absent."""
         launch = self._launch or launch_kernel
         if launch is None and self._compiled is not None and not checking.on:
@@ -74,7 +74,7 @@ class Kernel:
             with errors_as_of_torch():
                 self._compiled(*self._in_tuples(tuple(inside.values())), self._fixed["S"])
 
-    def bind(self, arguments: dict[str, Any]) -> by_steps.Launch:
+    def bind(self, arguments: Arguments) -> by_steps.Launch:
         """See by_steps.Bind. A loaded kernel is bound to addresses. Arguments that change are in no tuple."""
         compiled = self._compiled
         if self._launch or launch_kernel or compiled is None or checking.on:

@@ -13,6 +13,8 @@ error     [1] int32, and after it the poll limit, see timeouts.py
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..memory import Arguments
+
 Pointer = Any  # to a tensor of the shape and dtype beside it, by default in the dtype of the call; None if it is absent
 
 
@@ -125,7 +127,7 @@ def names_of(kernel: Any) -> list[tuple[str, ...]]:
     return [getattr(types.get(name), "_fields", (name,)) for name in kernel.arg_names[:-1]]
 
 
-def in_tuples(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def in_tuples(kernel: Any, arguments: Arguments) -> Arguments:
     """Convert arguments by the names of pointers to arguments by the names of the kernel's parameters."""
     rest, types = dict(arguments), kernel.fn.__annotations__
     for name in kernel.arg_names:

@@ -14,7 +14,6 @@ cell of each thread. A tensor of sequences is [BB] or [THREADS].
 """
 
 from collections import namedtuple
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -30,30 +29,24 @@ Sequences = namedtuple("Sequences", "index in_batch length")
 #   sequence, position    Sequences and Position, [BB]
 #   cells                 Offsets, [BB, BH]
 Tile = namedtuple("Tile", "unit_tile place unit sequence position cells")
-
-
-class Position(NamedTuple):
-    """The position of each sequence at a step. Every field is [BB] or [THREADS]."""
-
-    row: tl.tensor  # the row in a tensor [T*B, *]
-    row_prev: tl.tensor  # the row of the state before the step: in h0 [B, *] at step 0, in h [T*B, *] at later steps
-    valid: tl.tensor  # whether the step is within the sequence's length
-    continues: tl.tensor  # whether it is valid and the state is not reset before it
-    is_last: tl.tensor  # whether the sequence ends with this step
-
-
-class Offsets(NamedTuple):
-    """Offsets of cells in tensors, in elements, and masks of cells. Every field is [BB, BH] or [THREADS]."""
-
-    at: tl.tensor  # the offset in [T*B, H]
-    prev_at: tl.tensor  # the offset of the state before the step: in [B, H] at step 0, in [T*B, H] at later steps
-    gates_at: tl.tensor  # the offset of the first gate in [T*B, 4H]
-    state_at: tl.tensor  # the offset in [B, H]
-    in_tile: tl.tensor  # whether both the sequence and the unit exist
-    valid: tl.tensor  # whether the cell exists and the step is no padding
-    continues: tl.tensor  # whether it is valid and starts from the step before, or from the initial state
-    reset: tl.tensor  # whether it is valid and starts from zero, or from a state that the call gives
-    is_last: tl.tensor  # whether the sequence ends with this step: [BB, 1] or [THREADS]
+# The position of each sequence at a step. Every field is [BB] or [THREADS]:
+#   row          the row in a tensor [T*B, *]
+#   row_prev     the row of the state before the step: in h0 [B, *] at step 0, in h [T*B, *] at later steps
+#   valid        whether the step is within the sequence's length
+#   continues    whether it is valid and the state is not reset before it
+#   is_last      whether the sequence ends with this step
+Position = namedtuple("Position", "row row_prev valid continues is_last")
+# Offsets of cells in tensors, in elements, and masks of cells. Every field is [BB, BH] or [THREADS]:
+#   at           the offset in [T*B, H]
+#   prev_at      the offset of the state before the step: in [B, H] at step 0, in [T*B, H] at later steps
+#   gates_at     the offset of the first gate in [T*B, 4H]
+#   state_at     the offset in [B, H]
+#   in_tile      whether both the sequence and the unit exist
+#   valid        whether the cell exists and the step is no padding
+#   continues    whether it is valid and starts from the step before, or from the initial state
+#   reset        whether it is valid and starts from zero, or from a state that the call gives
+#   is_last      whether the sequence ends with this step: [BB, 1] or [THREADS]
+Offsets = namedtuple("Offsets", "at prev_at gates_at state_at in_tile valid continues reset is_last")
 
 
 @triton.jit

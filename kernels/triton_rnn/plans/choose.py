@@ -27,6 +27,7 @@ from ... import cache
 from ...cards import Card, driver
 from ...contract import NoKernel, Times
 from ...layer import plans_in_use
+from ...memory import Arguments
 from ...ordering import in_order
 from ...private import load_kernel
 from ...problem import Pass, Problem, power_of_two
@@ -69,7 +70,7 @@ class RecordedLaunch(NamedTuple):
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]  # tensors by the names of pointers, numbers by the names of parameters, Triton's options
+    arguments: Arguments  # tensors by the names of pointers, numbers by the names of parameters, Triton's options
 
 
 @triton.jit
@@ -277,7 +278,7 @@ def compile_all(device: torch.device, launches: Iterable[RecordedLaunch]) -> Non
             kernel.warmup(grid=grid, **in_tuples(kernel, arguments))
 
 
-def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
+def load(kernel: Any, grid: tuple[int, ...], arguments: Arguments) -> Any:
     """Compile a kernel and load it on the current device. Tests replace this function to simulate a driver.
 
     Errors of the driver are converted by `errors_as_of_torch`. If the kernel does not compile, or if it needs more

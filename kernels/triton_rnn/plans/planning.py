@@ -12,7 +12,7 @@ import torch
 
 from ...by_steps import launches_of, within
 from ...cards import Card
-from ...memory import Buffer, buffers_of
+from ...memory import Buffers, buffers_of
 from ...problem import Pass, Problem
 
 # Clocks and memory rates are from the data sheets.
@@ -171,7 +171,7 @@ class Family(NamedTuple):
     kernels: tuple[Any, Any]
     sizes: Callable[[Problem, Plan, bool], dict[str, int]] = lambda p, plan, backward: {}
     waits: Callable[[Problem, Plan], bool] = lambda p, plan: False
-    buffers: Callable[[Problem, Plan, Pass], dict[str, Buffer]] = lambda p, plan, pass_: buffers_of(p, pass_)
+    buffers: Callable[[Problem, Plan, Pass], Buffers] = lambda p, plan, pass_: buffers_of(p, pass_)
     arguments: tuple[Any, Any] = None, None
     loop: Any = None
     results: tuple[Any, Any] = None, None

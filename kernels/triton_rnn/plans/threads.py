@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...cards import KB, Card
-from ...memory import EVERY_BIT, Buffer, buffers_of
+from ...memory import EVERY_BIT, Arguments, Buffer, Buffers, Memory, buffers_of
 from ...problem import Pass, Problem, Recurrence, power_of_two
 from ..threads.cooperative import cooperative_backward_kernel, cooperative_forward_kernel
 from ..threads.fragments import SEQUENCES
@@ -99,7 +99,7 @@ def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
     )  # fmt: skip
 
 
-def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
+def buffers(p: Problem, plan: Plan, pass_: Pass) -> Buffers:
     """See planning.Family. The exchanged words are the rows of h in forward, and of dgates in backward."""
     written = buffers_of(p, pass_)
     if pass_.backward:
@@ -112,7 +112,7 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
     return written
 
 
-def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
+def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: Memory) -> Arguments:
     """Return the further tensors that the forward kernel reads, by the names of pointers."""
     h0, h = r.inputs.h0[0], memory["h_ptr"][-1]  # [B, H], [B, _row(p)]
     if _row(p) > p.hidden:
@@ -126,13 +126,13 @@ def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, T
     }  # fmt: skip
 
 
-def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
+def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: Memory) -> Arguments:
     """Return the further tensors that the backward kernel reads, by the names of pointers."""
     weights = transposed_gates(p, r, plan.family.partners, -1)
     return {"weights_ptr": weights, "words_ptr": memory["dgates_ptr"].view(torch.int32), "dgates_ptr": None}
 
 
-def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
+def h_of(p: Problem, memory: Memory) -> Tensor:
     """Return h without h0 and without the padding of rows.
 
     It is no view: autograd forbids in-place changes of views.
@@ -143,7 +143,7 @@ def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
     return h.resize_(len(h) - 1, p.batch, p.hidden)
 
 
-def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
+def dgates_of(p: Problem, memory: Memory) -> Tensor:
     """Return dgates [T, B, 4H] without the padding of rows."""
     dgates = memory["dgates_ptr"]  # [T, B, 4, _row(p)]
     return (dgates if _row(p) == p.hidden else _without_padding(p, dgates)).flatten(2)

@@ -11,7 +11,7 @@ import torch
 
 from ... import by_steps
 from ...cards import Card
-from ...memory import Buffer, buffers_of
+from ...memory import Buffer, Buffers, buffers_of
 from ...problem import Pass, Problem, power_of_two
 from ..features import MOST_ROWS
 from ..tiles.held import held_backward_kernel, held_forward_kernel
@@ -112,7 +112,7 @@ def waits(p: Problem, plan: Plan) -> bool:
     return isinstance(plan.family, Held) or plan.family.parts > 1 or (p.steps > 1 and not alone)
 
 
-def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
+def buffers(p: Problem, plan: Plan, pass_: Pass) -> Buffers:
     """See planning.Family."""
     written = buffers_of(p, pass_)
     if waits(p, plan):  # how many programs of each head and batch tile have arrived
