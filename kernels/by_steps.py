@@ -36,7 +36,7 @@ Bind = Callable[[Arguments], Launch]
 The kernel ignores names for which it has no parameter.
 """
 
-LEAST_SAVED = 16 << 20  # bytes of weights, which take about as long to read from L2 as two launches
+LEAST_SAVED = 16 << 20  # bytes of weights. By estimate, reading them from L2 takes as long as two launches
 
 
 class Part(NamedTuple):

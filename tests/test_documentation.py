@@ -87,6 +87,7 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
 
 
 OF_README_MODELS = {  # the beginning of a row of the README, and its model
+    "an xLSTM stack": "xLSTM stack",
     "a speech recogniser": "speech recogniser, CTC",
     "a keyword spotter": "keyword spotter, streamed",
     "a speech separator": "speech separator, DPRNN",
@@ -133,6 +134,7 @@ OF_README = {  # how a row of the README begins, its case, and its rival
     "train a GRU |": ("training-fp32-T128-B16-I128-H128-gru", "torch"),
     "train an LSTM on sequences of different lengths": ("training-fp32-T128-B16-I128-H128-ragged", "torch-packed"),
     "train an LSTM on sequences in which 2 %": ("training-fp32-T128-B16-I128-H128-resets-2.0%", "rl_games-pieces"),
+    "update an LSTM by recurrent PPO, with 8 environments": ("ppo", "LSTM, N = 8, H = 128"),
     "train a plain LSTM": ("training-fp32-T128-B16-I128-H128", "torch"),
     "run one step of a GRU": ("step-fp32-T1-B1-I128-H128-gru", "torch"),
     "train an LSTM with layer norm": ("training-fp32-T128-B16-I128-H128-layer_norm", "torch"),
@@ -141,15 +143,24 @@ OF_README = {  # how a row of the README begins, its case, and its rival
 
 def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_those_of_the_pages():
     readme, stored = (ROOT / "README.md").read_text(), ROOT / "bench" / "results" / "intel-xeon-1-thread.csv"
-    rows = report.measured(results.read(stored)).set_index(["case", "provider"])["over_ours"]
+    cases = report.measured(results.read(stored)).set_index(["case", "provider"])["over_ours"]
+    ppo = pd.read_csv(CPU / "ppo.csv").query("cell == 'LSTM' and N == 8 and H == 128")["times as fast"]
+    rows = {**cases, OF_README["update an LSTM by recurrent PPO, with 8 environments"]: ppo.item()}
     table = re.search(r"## Speed on a CPU\n(.*?)\n## ", readme, flags=re.DOTALL)[1]
     lines = [line.removeprefix("| ") for line in table.splitlines() if re.search(r"\d \|$", line)]
     assert len(lines) == len(OF_README)
     for line, (begin, key) in zip(lines, OF_README.items()):
         assert line.startswith(begin)
         assert line.endswith(f"| {rows[key]:.2f} |"), (line, rows[key])
-    kernels = (ROOT / "dev" / "compile_table" / "README.md").read_text().count("\n| `")
-    assert len(re.findall(rf"\b{kernels} kernels\b", readme)) == len(re.findall(r"\b\d+ kernels\b", readme)) == 2
+    of_torch, words = cases.xs("torch", level="provider"), " ".join(readme.split())
+    assert of_torch.idxmax().endswith("H32-gru")
+    assert of_torch.idxmin().endswith("-layer_norm")
+    span = f"from {of_torch.max():.1f} times as fast (a GRU of 32 units) to {of_torch.min():.2f} (layer norm)"
+    assert span in words
+    compiled = re.findall(r"(?m)^\| `(\w+)`", (ROOT / "dev" / "compile_table" / "README.md").read_text())
+    kernels, combinations = len(set(compiled)), len(compiled)
+    assert re.findall(r"\b(\d+) kernels\b", words) == [str(kernels)] * 2
+    assert re.findall(r"\b(\d+) combinations\b", words) == [str(combinations)] * 2
     (runs,) = re.findall(r"right in (\d+) runs", (DOCS / "testing.md").read_text())
     assert set(re.findall(r"(\d+)\s+runs\b", readme)) == {runs}
 

@@ -16,9 +16,9 @@ import triton.language as tl
 
 from .features import INTERPRETED, constexpr_function, constraints, types
 
-# A warp waits before its first poll, for some passes of a loop. A pass takes some 30 clocks, and the delay counts
-# sixteenths of a pass. A poll in vain costs as much as the load itself, ten passes or more. After it the next delay is
-# two passes longer, otherwise it is a sixteenth shorter.
+# A warp waits before its first poll, for some passes of a loop. The delay counts sixteenths of a pass. After a poll in
+# vain the next delay is two passes longer, otherwise it is a sixteenth shorter. These are estimates: a pass takes 30
+# clocks, and a poll in vain takes as long as the load itself, which is ten passes or more.
 LONGER, SHORTER, LONGEST = tl.constexpr(32), tl.constexpr(1), tl.constexpr(4096)
 
 AGAIN = tl.constexpr("""\

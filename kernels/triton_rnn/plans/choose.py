@@ -105,7 +105,7 @@ def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     found = [always(head, card, backward)]
     if not problem.only_by_steps:
         found += [tiles.pointwise_plan(head, backward)]
-        if problem.steps > 1:  # holding W_hh on chip pays off from the second step on
+        if problem.steps > 1:  # holding W_hh on chip should pay off from the second step on
             # Where W_hh does not fit a share of the card, layers or directions run one after another on the whole card.
             cooperative = partial(threads.cooperative_plans, card=card, backward=backward, apart=problem.heads > 1)
             found += [*cooperative(head)] or cooperative(problem._replace(side_by_side=1).of_head)

@@ -105,7 +105,7 @@ class Plan:
     def slower(self) -> str | None:
         """See contract.OnlyPlan.
 
-        A kernel is slower if it reads W_hh at every step, or if a program has several tiles.
+        A kernel is expected to be slower if it reads W_hh at every step, or if a program has several tiles.
         """
         if isinstance(self.family, Pointwise | Step) or self.tiles_per_program > 1:
             return f"a kernel of the {self.family.name} family is slower"
@@ -189,7 +189,8 @@ def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
 
 
 # The clocks of a step, or of a turn of a batch tile, that do not depend on sizes: latencies, gates and cell. A pair is
-# for (forward, backward). These constants only order the plans. A first call times the first plans, see choose.py.
+# for (forward, backward). These constants are estimates and only order the plans. A first call times the first plans,
+# see choose.py.
 FIXED = {Resident: (900, 2000), Cooperative: (1700, 2700), Step: (900, 1500), Held: (2600, 4000)}
 SEVERAL_TILES = 1080, 1700  # replaces the above in the cooperative family if one tile waits while another is computed
 PARTIAL_SUMS = {Cooperative: 1060, Step: 4000}  # clocks of an exchange of the sums of partners, or of parts of K
@@ -229,7 +230,8 @@ def rank(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
 def product_clocks(card: Card) -> float:
     """Return the clocks from one product of a tensor core to the next.
 
-    A product is an mma.sync of 16 x 8 x 16 in half precision, or of 16 x 8 x 8 in TF32. The number for an H100 was
-    measured, the others follow from data sheets. GeForce cards have a quarter of the rate with sums in float32.
+    A product is an mma.sync of 16 x 8 x 16 in half precision, or of 16 x 8 x 8 in TF32. Others measured the number for
+    an H100, and the other numbers follow from data sheets. GeForce cards have a quarter of the rate with sums in
+    float32.
     """
     return {80: 8, 90: 6.26, 100: 8, 103: 8}.get(card.architecture, 32)

@@ -52,7 +52,7 @@ HELD_BACKWARD = [(16, 64), (32, 64)]
 def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """Return the best three plans, by `rank`, whose programs hold W_hh of some units in shared memory, for wgmma.
 
-    Up to 128 units a resident program holds all of W_hh. From 513 units on these plans gain nothing.
+    Up to 128 units a resident program holds all of W_hh. From 513 units on these plans should gain nothing.
     """
     if card.architecture != 90 or problem.exact_float32 or not 128 < problem.hidden <= 512:
         return []
@@ -68,8 +68,8 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
         warps = 4 if rows * units == 256 else 8
         if (rows, units, blocks) == (64, 32, 1):
             warps = 16
-        # `ahead` needs a further 128 bytes of registers at most, in a thread with four cells at most. It gains nothing
-        # if K is padded.
+        # `ahead` needs a further 128 bytes of registers at most, in a thread with four cells at most. It should gain
+        # nothing if K is padded.
         room = rows * k * problem.size <= 128 * 32 * warps and rows * units <= 4 * 32 * warps
         ahead = batch_tiles > groups and blocks == 1 and room and k == inner
         if groups > 0 and shared <= card.shared:

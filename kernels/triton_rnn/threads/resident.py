@@ -16,7 +16,7 @@ A program owns 8 sequences and all hidden units, or the units of one head. The w
     memory: h, c, activated gates  <--------------------------------  h and c of the warp's own cells
 
 Backward has dz in the place of h and W_hh^T in the place of W_hh, and its product comes after the cells. So no product
-hides the loads of a step. A product takes one gate at a time.
+can hide the loads of a step. A product takes one gate at a time.
 
 The layout of mma.sync (fragments.py) decides which cells a thread owns. Its cell n belongs to the unit
 8 (n // 2) + column of the warp, and to the sequence 2 quarter + n % 2. So a thread keeps its cells from step to step,
@@ -106,7 +106,7 @@ def resident_forward_kernel(
         rest = rest + (states.load_rest(cell.c0_ptr, cells, cells.in_tile, B, S.EMPTY, S),)
     for step in range(T):
         now = cells_at_step(step, owned, batch, S)
-        # Load: x W_ih^T + b of the gates, and the state before the step. The product hides the latency.
+        # Load: x W_ih^T + b of the gates, and the state before the step. The product should hide the latency.
         x, h_before, operand, c_before, rest_before = (), (), (), (), rest
         for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])

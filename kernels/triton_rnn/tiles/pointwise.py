@@ -116,7 +116,7 @@ def pointwise_backward_kernel(
         else:
             if S.START == "c":
                 dz_o, dv = load_cell(o_ptr, cells), load_cell(v_ptr, cells)
-            else:  # c is computed again instead of loaded, since memory limits the speed of large batches
+            else:  # c is computed again instead of loaded, since memory should limit the speed here
                 dz_o, dv = output_backward(gates[3], next_cell(gates, c_prev, S), dm, S)
             dz = backward_cells(gates, c_prev, dz_o, dv, cell, tile, B, S)
             states.store_gates(dz_ptr, at_in_z(tile, S), cells.in_tile, dz, S.D)
