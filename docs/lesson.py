@@ -1,6 +1,6 @@
 """Run the lesson's notebook from its first cell to its last, and store it with its outputs: python docs/lesson.py.
 
-The script prints the seconds that each section took. The first cell of the notebook tells the reader these times.
+The script prints the seconds that each section took. The first cell of the notebook names the longest sections.
 """
 
 import base64

@@ -97,7 +97,7 @@ def exercise_6() -> None:
 
 
 def exercise_7() -> None:
-    """Two days are as good: the error is about 2.1 °C, and "same as today" has 2.24 °C."""
+    """Little: two days are as good. The error is about 2.1 °C, and "same as today" has 2.24 °C."""
     torch.manual_seed(0)
     data = weather.load(torch.device("cpu"))
     past, days = data.split - weather.WINDOW, data.windows[:, -2:]

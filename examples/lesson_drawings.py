@@ -156,38 +156,44 @@ def gru() -> Figure:
     figure, axes = canvas(88, 46)
     axes.add_patch(FancyBboxPatch((9, 5.5), 69, 37, boxstyle="round,pad=0,rounding_size=1.5", fc=PALE, ec="0.75"))
     keep, look, new, state = HUES["update"], HUES["reset"], HUES["candidate"], HUES["hidden"]
-    for x, field, letter, squashing in ((22, "update", "z", r"\sigma"), (41, "reset", "r", r"\sigma"),
-                                        (65, "candidate", "n", r"\tanh")):  # fmt: skip
+    for x, field, letter, squashing in ((18.5, "update", "z", r"\sigma"), (34, "reset", "r", r"\sigma"),
+                                        (70, "candidate", "n", r"\tanh")):  # fmt: skip
         arrow(axes, (x + 2, 7.5), (x + 2, 13))
         box(axes, (x, 16), (11, 6), f"${letter}_t$   ${squashing}$\n", HUES[field], "white")
         label(axes, x, 14.6, field, HUES[field], size=8.5)
 
-    # The hidden state runs along the top, and every box reads it.
-    arrow(axes, (4.5, 37), (20.3, 37), colour=state)
-    arrow(axes, (23.7, 37), (63.3, 37), colour=state)
-    arrow(axes, (66.7, 37), (83, 37), colour=state)
+    # The hidden state runs along the top. z, r and the product with W_hn read it.
+    arrow(axes, (4.5, 37), (16.8, 37), colour=state)
+    arrow(axes, (20.2, 37), (68.3, 37), colour=state)
+    arrow(axes, (71.7, 37), (83, 37), colour=state)
     label(axes, 4.5, 39.5, "$h_{t-1}$", state)
     label(axes, 83, 39.5, "$h_t$", state)
     label(axes, 43.5, 39, "hidden state", state, size=9)
-    arrow(axes, (13, 37), (13, 10), (53, 10), colour=state, head=False)
-    for x, top in ((20, 13), (39, 13), (53, 14.3)):
-        arrow(axes, (x, 10), (x, top), colour=state)
+    arrow(axes, (11, 37), (11, 10), (50, 10), colour=state, head=False)
+    for x in (16.5, 32, 50):
+        arrow(axes, (x, 10), (x, 13), colour=state)
 
     # The part of h that stays, z h, and the part of n that is added, (1 - z) n.
-    arrow(axes, (22, 19), (22, 35.3), colour=keep)
-    operation(axes, (22, 37), r"$\odot$", keep)
-    arrow(axes, (22, 28.5), (41.8, 28.5), colour=keep)
+    arrow(axes, (18.5, 19), (18.5, 35.3), colour=keep)
+    operation(axes, (18.5, 37), r"$\odot$", keep)
+    arrow(axes, (18.5, 28.5), (41.8, 28.5), colour=keep)
     operation(axes, (43.5, 28.5), "$1{-}$", keep)
-    arrow(axes, (45.2, 28.5), (63.3, 28.5), colour=keep)
-    arrow(axes, (65, 19), (65, 26.8), colour=new)
-    operation(axes, (65, 28.5), r"$\odot$", keep)
-    arrow(axes, (65, 30.2), (65, 35.3), colour=new)
-    operation(axes, (65, 37), "+", state)
-    arrow(axes, (41, 19), (41, 22.5), (53, 22.5), (53, 17.7), colour=look)
-    operation(axes, (53, 16), r"$\odot$", look)
-    arrow(axes, (54.7, 16), (59.5, 16), colour=look)
+    arrow(axes, (45.2, 28.5), (68.3, 28.5), colour=keep)
+    arrow(axes, (70, 19), (70, 26.8), colour=new)
+    operation(axes, (70, 28.5), r"$\odot$", keep)
+    arrow(axes, (70, 30.2), (70, 35.3), colour=new)
+    operation(axes, (70, 37), "+", state)
 
-    arrow(axes, (13, 3.2), (13, 7.5), (67, 7.5), head=False)
-    label(axes, 13, 1.8, "$x_t$")
-    label(axes, 15, 2, "Each of the three boxes has weights of its own for $x_t$ and for $h_{t-1}$.", size=9, ha="left")
+    # r acts on the product of h with W_hn, not on h itself.
+    box(axes, (50, 16), (14, 6), "$W_{hn} h_{t-1} + b_{hn}$", state, "white")
+    arrow(axes, (57, 16), (59.1, 16), colour=state)
+    arrow(axes, (34, 19), (34, 23), (60.8, 23), (60.8, 17.7), colour=look)
+    operation(axes, (60.8, 16), r"$\odot$", look)
+    arrow(axes, (62.5, 16), (64.5, 16), colour=look)
+
+    arrow(axes, (11, 3.2), (11, 7.5), (72, 7.5), head=False)
+    label(axes, 11, 1.8, "$x_t$")
+    text = "$z$ and $r$ have weights for $x_t$ and for $h_{t-1}$; "
+    text += "the candidate multiplies $h_{t-1}$ by $W_{hn}$ before $r$ acts."
+    label(axes, 13, 2, text, size=9, ha="left")
     return figure

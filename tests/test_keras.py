@@ -200,6 +200,19 @@ def test_what_has_no_counterpart_is_refused(make, message):
         (from_keras if isinstance(given, keras.Layer) else to_keras)(given)
 
 
+@pytest.mark.parametrize(("make", "got"), [
+    (partial(built, LSTM, H), "LSTM of Keras: convert it first by gpu_lstm.keras.from_keras"),
+    (lambda: BOTH(GRU(H)), "Bidirectional of Keras: convert it first by gpu_lstm.keras.from_keras"),
+    (lambda: keras.Sequential([keras.Input((T, I)), LSTM(H)]),
+     "Sequential of Keras: convert each recurrent layer in it first by gpu_lstm.keras.from_keras"),
+    (partial(keras.layers.Dense, H), "Dense"),
+], ids=["layer", "bidirectional", "model", "no RNN"])  # fmt: skip
+def test_functions_for_modules_of_torch_say_how_to_convert_what_keras_has(make, got):
+    for function in (gpu_lstm.trace, gpu_lstm.explain):
+        with pytest.raises(TypeError, match=rf"^{function.__name__} accepts an LSTM, .*, got {re.escape(got)}$"):
+            function(make(), torch.zeros(T, N, I))
+
+
 OURS = {
     f"{name} {kind}": make(kind) for kind in ("LSTM", "GRU") for name, make in {
         "three layers": lambda kind: getattr(gpu_lstm, kind)(I, H, num_layers=3),

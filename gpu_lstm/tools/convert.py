@@ -151,6 +151,10 @@ def check_layers(function: str, module: object, classes: Any = Layers) -> None:
         children = module.named_modules() if isinstance(module, nn.Module) else ()
         if inside := [path for path, child in children if isinstance(child, classes)]:
             advice = f": give it the module {inside[0]!r} of it"
+        of_keras = {c.__name__ for c in type(module).__mro__ if c.__module__.split(".")[0] == "keras"}
+        if of_keras & {"RNN", "Bidirectional", "Model"}:
+            which = "each recurrent layer in it" if "Model" in of_keras else "it"
+            advice = f" of Keras: convert {which} first by gpu_lstm.keras.from_keras"
         raise TypeError(f"{function} accepts an LSTM, a GRU, an SLSTM or a stack, got {type(module).__name__}{advice}")
 
 

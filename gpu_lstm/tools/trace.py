@@ -69,7 +69,8 @@ def trace(
     Dropout is applied as in any call. To trace inference, call `eval()` first.
 
     Args:
-        module: A gpu_lstm.LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a torch.nn.LSTM or GRU.
+        module: A gpu_lstm.LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a torch.nn.LSTM or GRU. A layer of Keras
+            has to be converted first by `gpu_lstm.keras.from_keras`.
         x, hx, lengths, resets, reset_states: As `module` accepts them.
 
     Returns:
