@@ -47,6 +47,15 @@ def test_nothing_overflows_and_padding_does_not_matter(backend):
     assert same(*(module(t[:T], lengths=LENGTHS.clamp(max=2)) for t in (x, x.nan_to_num())))
 
 
+@by_both
+def test_only_a_sequence_without_steps_returns_an_empty_state(backend):
+    module, x, _ = made("heads", backend)
+    _, (h, c, n, m) = module(x, lengths=LENGTHS)
+    assert not torch.stack([h, c, n, m])[:, :, LENGTHS == 0].any()
+    assert n[:, LENGTHS > 0].eq(1).all()
+    assert all(t.dtype is torch.promote_types(x.dtype, torch.float32) for t in (c, n, m))
+
+
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
 def test_in_half_precision_c_n_and_m_are_float32_and_pieces_give_what_the_whole_gives(given):
     dtype = torch.float16  # Triton's interpreter has no products in bfloat16

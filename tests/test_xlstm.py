@@ -5,6 +5,7 @@ the layout of TiRex runs everywhere.
 """
 
 import copy
+import importlib
 import pickle
 import re
 from types import SimpleNamespace
@@ -25,13 +26,16 @@ from gpu_lstm.dispatch import available
 from gpu_lstm.tools import xlstm as tool
 
 B, STEPS, HEADS, H = 3, 5, 2, 8
+CELLS, PAGE = "xlstm.blocks.slstm.cell", (ROOT / "docs/slstm.md").read_text()
 
 
-def cell_of_xlstm(**options):
-    module = pytest.importorskip("xlstm.blocks.slstm.cell", reason="xlstm is not installed")
+def cell_of_xlstm(fresh=False, **options):
+    """Return a cell with random weights, or with its initial weights if `fresh`."""
+    module = pytest.importorskip(CELLS, reason="xlstm is not installed")
     options = dict(hidden_size=H, num_heads=HEADS, backend="vanilla", dtype="float32") | options
     skip = dict(skip_backend_init=True) if options["backend"] == "cuda" else {}  # otherwise it would call nvcc
-    return drawn(module.sLSTMCell(module.sLSTMCellConfig(**options), **skip))
+    cell = module.sLSTMCell(module.sLSTMCellConfig(**options), **skip)
+    return cell if fresh else drawn(cell)
 
 
 def drawn(module, std=0.5):
@@ -210,7 +214,37 @@ def test_weights_that_are_given_to_a_call():
     theirs = numbers()
     gpu_lstm.use_for_slstm(cell)
     torch.testing.assert_close(numbers(), theirs, rtol=0, atol=1e-13)
-    assert torch.equal(cell(x, state, torch.tensor([1, 2, 3]))[0], cell(x, state)[0])  # xlstm ignores the lengths, too
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_lengths_are_ignored_and_resets_are_no_argument(ours):
+    cell, (x, state) = cell_of_xlstm(), tensors_for(torch.float32)
+    if ours:
+        gpu_lstm.use_for_slstm(cell)
+    assert all(map(torch.equal, cell(x, state, torch.tensor([1, 2, 3])), cell(x, state)))
+    with pytest.raises(TypeError, match="resets"):
+        cell(x, state, resets=torch.zeros(B, STEPS, dtype=torch.bool))
+
+
+def test_a_unit_that_is_empty_beside_others_that_are_not():
+    """xlstm's vanilla backend gives NaN there, since it tests whether all of n is 0."""
+    cell, (x, state) = cell_of_xlstm(), tensors_for(torch.float32)
+    x, state[1:, :, ::2] = x[:, :1], 0
+    x[..., :H] -= 120
+    z = x[:, 0] + state[0] @ dense(cell).T + cell._bias_
+    expected = z[:, 3 * H :].sigmoid() * z[:, 2 * H : 3 * H].tanh()
+    theirs = cell(x, state)[1][0]
+    gpu_lstm.use_for_slstm(cell)
+    ours = cell(x, state)[1][0]
+    assert theirs[:, ::2].isnan().all()
+    torch.testing.assert_close(ours[:, ::2], expected[:, ::2])
+    torch.testing.assert_close(ours[:, 1::2], theirs[:, 1::2])
+
+
+def dense(cell):
+    """Return the block-diagonal W_hh [4H, H] of a cell of xlstm with the backend "vanilla"."""
+    gates = cell._recurrent_kernel_.unflatten(1, (4, -1)).unbind(1)
+    return torch.cat([torch.block_diag(*gate) for gate in gates])
 
 
 def test_the_layout_of_its_cuda_kernels():
@@ -223,11 +257,84 @@ def test_the_layout_of_its_cuda_kernels():
     gpu_lstm.use_for_slstm(cuda)
     x, state = tensors_for(torch.float32)
     torch.testing.assert_close(cuda(x, state)[0], vanilla(x, state)[0])
-    (recipe,) = re.findall(r"(?s)```python\n(def to_vanilla.*?)```", (ROOT / "docs/slstm.md").read_text())
-    exec(recipe, names := {})
-    again = copy.deepcopy(vanilla)
-    again.load_state_dict(names["to_vanilla"](cuda.state_dict(), HEADS))
-    assert all(map(torch.equal, again.parameters(), vanilla.parameters()))
+
+
+def from_the_page(begin, kind="python"):
+    """Return the only block of docs/slstm.md that begins so."""
+    (block,) = re.findall(rf"(?s)```{kind}\n({re.escape(begin)}.*?)```", PAGE)
+    return block
+
+
+def test_the_page_turns_a_model_of_cuda_cells_into_a_model_of_vanilla_cells(tmp_path, monkeypatch):
+    config = model_of_xlstm().config
+    names = dict(torch=torch, xlstm=importlib.import_module("xlstm"), config=config)
+    # Otherwise a cell would call nvcc.
+    monkeypatch.setattr(importlib.import_module(CELLS), "sLSTMCellFuncGenerator", lambda *given: None)
+    config.slstm_block.slstm.backend = "cuda"
+    cuda, x = drawn(names["xlstm"].xLSTMBlockStack(config), 0.3), torch.randn(B, STEPS, H)
+    gpu_lstm.use_for_slstm(cuda)
+    monkeypatch.chdir(tmp_path)
+    torch.save(cuda.state_dict(), "cuda.pt")
+    exec(from_the_page("def to_vanilla"), names)
+    exec(from_the_page("config.slstm_block", "text").replace("heads=4", f"heads={HEADS}"), names)
+    torch.testing.assert_close(names["model"](x), cuda(x))
+    before = {name: tensor.clone() for name, tensor in cuda.state_dict().items()}
+    names["to_vanilla"](given := dict(before), HEADS)
+    assert all(given[name] is tensor for name, tensor in before.items())
+
+
+def test_a_cell_of_cuda_needs_a_gpu_and_is_the_default(monkeypatch):
+    module = pytest.importorskip(CELLS, reason="xlstm is not installed")
+    monkeypatch.delenv("CUDA_LIB", raising=False)  # xlstm sets it if torch sees a GPU
+    with pytest.raises(KeyError, match="CUDA_LIB"):
+        module.sLSTMCell(module.sLSTMCellConfig(hidden_size=H, num_heads=HEADS))
+
+
+def test_the_page_gives_the_tensors_of_flashrnn_to_slstm_layer():
+    """The formulas and the order of the axes, [gates, heads, D], are taken from FlashRNN's vanilla backend."""
+    exec(from_the_page("from gpu_lstm.functional import slstm_layer"), names := {"torch": torch})
+    Wx, R, b, h = (names[name].double() for name in ("Wx", "R", "b", "h"))
+    states, outputs, half = torch.zeros(4, *Wx[:, 0, 0].shape, dtype=Wx.dtype), [], Wx.shape[1] // 2
+    for t in range(Wx.shape[1]):
+        if t == half:
+            names["states"] = states[:, :, None].float()  # [4, B, 1, heads, D]
+        y, c, n, m = states
+        i, f, z, o = (Wx[:, t] + torch.einsum("ghdp,bhp->bghd", R, y) + b).unbind(1)
+        k = nn.functional.logsigmoid(f) + m
+        m = torch.maximum(i, k) if t else i
+        i, f = (i - m).exp(), (k - m).exp()
+        c, n = f * c + i * z.tanh(), (f * n + i).clamp(min=1)
+        states = torch.stack([o.sigmoid() * c / n, c, n, m])
+        outputs.append(states[0].flatten(1))
+    torch.testing.assert_close(h, torch.stack(outputs), rtol=0, atol=1e-5)
+    (hx,) = re.findall(r"fourth argument by `(.*?)`", PAGE)
+    z, *weights = (t.float() for t in (Wx[:, half:].transpose(0, 1).flatten(2), R.flatten(0, 2), b.flatten()))
+    h, _ = names["slstm_layer"](z, *weights, eval(hx, names), heads=R.shape[1])
+    torch.testing.assert_close(h.double(), torch.stack(outputs[half:]), rtol=0, atol=1e-5)
+
+
+def test_the_page_gives_the_weights_of_a_cell_of_xlstm_to_slstm_layer():
+    module = pytest.importorskip("xlstm.blocks.slstm.layer", reason="xlstm is not installed")
+    layer = drawn(module.sLSTMLayer(module.sLSTMLayerConfig(embedding_dim=64, num_heads=4, backend="vanilla")), 0.2)
+    names = dict(torch=torch, gpu_lstm=gpu_lstm, layer=layer, slstm_layer=gpu_lstm.functional.slstm_layer)
+    gpu_lstm.use_for_slstm(layer)
+    exec(from_the_page("cell, z = layer.slstm_cell"), names)  # it compares
+    assert type(layer.slstm_cell).__module__ == CELLS
+    assert names["cell"]._recurrent_kernel_.any()
+
+
+def test_the_page_sets_the_biases_of_small_init():
+    slstm = gpu_lstm.SLSTM(3, H, num_layers=2, bidirectional=True, heads=HEADS)
+    exec(from_the_page("with torch.no_grad():"), dict(torch=torch, slstm=slstm))
+    small, default = cell_of_xlstm(fresh=True, bias_init="small_init"), cell_of_xlstm(fresh=True)
+    for name, bias in slstm.named_parameters():
+        if name.startswith("bias"):
+            assert torch.equal(bias, small._bias_ * name.startswith("bias_ih")), name
+    forget = default._bias_.view(4, HEADS, -1)[1]
+    assert forget[:, 0].eq(5).all()
+    assert forget[:, -1].eq(-7).all()
+    assert not small._recurrent_kernel_.any()
+    assert not default._recurrent_kernel_.any()
 
 
 def model_of_xlstm():
@@ -313,6 +420,17 @@ def test_which_cells_were_swapped_is_logged(caplog):
         f"use_for_slstm: by functional.slstm_layer compute a {its}, c {its}",
         f"use_for_slstm: by their own package compute the model itself {its}",
     ]
+
+
+def test_convert_names_use_for_slstm():
+    cell, advice = StandIn(), "; gpu_lstm.use_for_slstm changes its sLSTM cells"
+    for model, function, said in (
+        (nn.Sequential(cell), gpu_lstm.convert, True), (nn.Linear(2, 2), gpu_lstm.convert, False),
+        (cell, gpu_lstm.to_torch, False),
+    ):  # fmt: skip
+        with pytest.warns(UserWarning, match="swapped nothing") as caught:
+            function(model)
+        assert str(caught[0].message).endswith(advice) == said
 
 
 def test_the_layout_of_tirex_against_the_oracle():

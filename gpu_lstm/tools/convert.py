@@ -15,6 +15,7 @@ from ..call.checks import check_bool
 from ..modules import GRU, LSTM, GRUCell, LSTMCell
 from ..modules.arguments import NOT_OF_TORCH, Checked, Layers, recast
 from ..modules.stacked import Stack
+from .xlstm import CELLS
 
 Classes = Mapping[type[nn.Module], type[nn.Module]]
 OURS: Classes = {rnn.LSTM: LSTM, rnn.LSTMCell: LSTMCell, rnn.GRU: GRU, rnn.GRUCell: GRUCell}
@@ -46,7 +47,7 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
 
     print(model) shows a replaced module as gpu_lstm.LSTM(...). The logger "gpu_lstm" reports at INFO which modules were
     replaced and which were left. If there was nothing to replace, and no module of gpu_lstm either, there is a
-    UserWarning.
+    UserWarning. It names `use_for_slstm` if the model has sLSTM cells of xlstm or TiRex.
 
     Args:
         model: A module of any kind.
@@ -126,6 +127,8 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
                     children[name] = twins[child]
         undo.pop_all()
     nothing = f"nothing: there is no {' or '.join(map(_name, classes))} in the {_name(type(model))}"
+    if not to_theirs and any(_name(type(module)) in CELLS for module in modules.values()):
+        nothing += "; gpu_lstm.use_for_slstm changes its sLSTM cells"
     text = f"{function} swapped {', '.join(swapped) or nothing}" + f"; left as it is: {'; '.join(left)}" * bool(left)
     if (swapped or done) and not (to_theirs and left):
         logging.getLogger("gpu_lstm").info(text)

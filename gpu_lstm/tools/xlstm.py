@@ -18,8 +18,8 @@ from ..equations.slstm import next_sum, states_from, states_of
 from ..functional import slstm_layer
 from ..kernels.cells import SLSTM
 
-_CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
-          "tirex.models.slstm.cell.sLSTMCell")  # fmt: skip
+CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
+         "tirex.models.slstm.cell.sLSTMCell")  # fmt: skip
 # These options of xlstm's CUDA kernels clip or cut numbers.
 _CLIPPING = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval")
 _ACCEPTED = {"function": ("slstm",)} | dict.fromkeys(_CLIPPING, (None, False))
@@ -33,16 +33,17 @@ slstm_layer is faster."""
 def use_for_slstm(model: nn.Module, on: bool = True) -> int:
     """Let every sLSTM cell of xlstm and TiRex in `model` compute by `functional.slstm_layer`, in place.
 
-    The cells keep their parameters, state_dict, hooks and flags, and the form of inputs, outputs and states. A few
-    steps on a CPU are computed by a loop in torch's operators, which is faster there than a call of `slstm_layer`.
+    The cells keep their parameters, state_dict, hooks and flags, and the form of inputs, outputs and states. They have
+    no resets, and ignore `lengths` as xlstm's own cells do. A few steps on a CPU are computed by a loop in torch's
+    operators, which is faster there than a call of `slstm_layer`.
 
     The cell computes in the dtype of the input, or under autocast in autocast's dtype. This differs from the packages:
     TiRex's torch backend rounds everything to bfloat16 at each step, and xlstm's CUDA kernels compute in the dtype of
     their config. States are returned in float32, or in float64 if the input is float64. c, n and m differ from the
     packages', but represent the same state, see `SLSTM`.
 
-    TiRex's cells, and xlstm's cells with backend "vanilla", need no nvcc. xlstm's cells with backend "cuda" compile
-    their kernels when they are constructed.
+    xlstm's default backend is "cuda". It compiles kernels by nvcc when a cell is constructed, and raises a KeyError if
+    there is no GPU. xlstm's backend "vanilla" and TiRex's backend "torch" compile nothing.
 
     Args:
         model: A module of any kind. It may itself be a cell.
@@ -63,7 +64,7 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
     names = []
     for path, module in model.named_modules():
         theirs = getattr(module, "_theirs", type_before_parametrizations(module))
-        if f"{theirs.__module__}.{theirs.__qualname__}" not in _CELLS:
+        if f"{theirs.__module__}.{theirs.__qualname__}" not in CELLS:
             continue
         for name, expected in _ACCEPTED.items():
             if (value := getattr(module.config, name, expected[0])) not in expected:
@@ -72,7 +73,7 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
         cells[module] = theirs
         names.append(f"{path or 'the model itself'} ({theirs.__module__}.{theirs.__qualname__})")
     if not cells:
-        raise ValueError(f"there is none of {', '.join(_CELLS)} in the {type(model).__name__}")
+        raise ValueError(f"there is none of {', '.join(CELLS)} in the {type(model).__name__}")
     for cell, theirs in cells.items():
         cls = _by_ours(theirs) if on else theirs
         if is_parametrized(cell):  # keep the class that torch put on top, with a property for each parametrized weight
@@ -116,7 +117,7 @@ class ByOurs(nn.Module):
         """Run the cell on all steps; return the output and the final state.
 
         The input is [B, S, 4H], or as config.input_shape says, with the gates i, f, z, o. The state is [4, B, H]: h, c,
-        n and m. `lengths` is accepted and ignored, as the other packages do.
+        n and m. `lengths` is accepted and ignored, as by xlstm's own cell.
         """
         z, kernel, bias = self._tensors(input)
         heads = int(kernel.shape[0])  # under torch.jit.trace a size is a tensor
