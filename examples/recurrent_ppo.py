@@ -90,7 +90,11 @@ def learn(updates: int, seed: int, name: str) -> Curve:
 
 
 def cartpoles(**options: int) -> VectorEnv:
-    """The environments. A step that ends an episode returns the first observation of the next episode."""
+    """The environments. A step that ends an episode returns the first observation of the next episode.
+
+    Gymnasium's default is another mode, NEXT_STEP, in which episodes start one step later: see
+    docs/reinforcement_learning.md.
+    """
     autoreset = {"autoreset_mode": AutoresetMode.SAME_STEP}
     return gymnasium.make_vec("CartPole-v1", ENVIRONMENTS, "sync", autoreset, [WithoutVelocities], **options)
 

@@ -5,9 +5,10 @@ Run it from the root of the repository::
     pip install -e ".[examples]" "sb3-contrib>=2.6"
     python examples/sb3_recurrent_ppo.py
 
-sb3-contrib cuts a minibatch into its episodes and calls torch.nn.LSTM at every step of them. OneCall makes one call,
-with the starts of episodes as `resets`. (No episode starts inside these sequences, so torch.nn.LSTM with a masked first
-state would be enough.) Your own program needs only that policy and gpu_lstm.convert::
+sb3-contrib cuts a minibatch where episodes start, and calls torch.nn.LSTM at every step of the sequences. OneCall makes
+one call, with the starts of episodes as `resets`. The gain comes from one call instead of a loop. No episode starts
+inside these sequences, so one call of torch.nn.LSTM with a masked first state would save the loop as well. Your own
+program needs only that policy and gpu_lstm.convert, also after RecurrentPPO.load, which makes torch.nn.LSTM again::
 
     model = RecurrentPPO(OneCall, env)
     gpu_lstm.convert(model.policy)

@@ -2,28 +2,39 @@
 
 Outputs, states and gradients are in float64. Each recipe must also notice resets that are a step late.
 test_bench_providers.py tests other ways of trainers, in pieces and padded, and test_frameworks.py tests TorchRL itself.
+Also the page's acting loop in Gymnasium's environments, and its figures outside of tables.
 """
 
 import re
 from types import SimpleNamespace
 
+import gymnasium
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from installed import ROOT
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from installed import ROOT, load
 from torch import nn
 from torch.func import functional_call, stack_module_state
 
 import gpu_lstm
 
 T, N, I, H, L = 12, 5, 3, 4, 2
-PAGE = (ROOT / "docs" / "reinforcement_learning.md").read_text()
+PAGE, STREAMING = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("reinforcement_learning", "streaming"))
+
+
+def blocks(heading, kind="python"):
+    """Return the code blocks of the page between a heading and the next one of its level or above."""
+    end = rf"^#{{2,{heading.count('#')}}} "
+    section = re.split(end, PAGE.split(f"\n{heading}\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
+    return re.findall(rf"```{kind}\n(.*?)```", section, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def recipes():
-    section = re.search(r"## Your trainer\n(.*?)\n## ", PAGE, flags=re.DOTALL)[1]
     names = {"torch": torch, "gpu_lstm": gpu_lstm}
-    for block in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL):
+    for block in blocks("## Your trainer"):
         exec(block, names)
     return SimpleNamespace(**names)
 
@@ -230,10 +241,36 @@ def test_torchrl(recipes, starts, kind, names):
     y, *_ = loop(theirs, x.transpose(0, 1), [each[0] for each in left], starts, left)
 
     def call(is_init):
-        return [recipes.all_trajectories(ours, {"x": x, "is_init": is_init, **dict(zip(names, stored))})]
+        return [recipes.all_trajectories(ours, {"x": x, "is_init": is_init, **dict(zip(names, stored))}, "x", *names)]
 
     compared = [*stored, *ours.parameters()], [y.transpose(0, 1)], [*stored, *theirs.parameters()]
     check(call, *compared, starts.t()[:, :, None], 1)
+
+
+@pytest.mark.deep
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torchrl_itself(recipes, starts, kind):
+    """The page's module acts and learns as TorchRL's own, with the names of states that TorchRL chooses."""
+    torchrl, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
+    (block,) = blocks("### TorchRL", "text")
+    its_names = {**vars(recipes), "torchrl": SimpleNamespace(modules=torchrl)}
+    exec(re.sub(r"(?<!gpu_)lstm", kind.lower(), block.replace("LSTM", kind)), its_names)
+    ours = its_names["module"]
+    rnn = getattr(nn, kind)(64, 128, batch_first=True)
+    theirs = getattr(torchrl, f"{kind}Module")(**{kind.lower(): rnn}, in_key="embedding", out_key="features")
+    theirs.load_state_dict(ours.state_dict())
+    x, stored = torch.randn(N, T, 64), torch.randn(1 + (kind == "LSTM"), N, T, 1, 128, requires_grad=True)
+    keys = ["recurrent_state_h", "recurrent_state_c"] if kind == "LSTM" else ["recurrent_state"]
+    data = TensorDict(dict(zip(keys, stored), embedding=x, is_init=starts.t()[:, :, None]), [N, T])
+
+    def found(module):
+        step = module(data[:, 0].clone())
+        with torchrl.set_recurrent_mode(True):
+            y = module(data.clone())["features"]
+        gradients = torch.autograd.grad(y.square().sum(), [stored, *module.parameters()])
+        return [step["features"], *(step["next", key] for key in keys), y, *gradients]
+
+    close(found(ours), found(theirs))
 
 
 def test_benchmarl(recipes, starts, kind):
@@ -262,7 +299,7 @@ def test_benchmarl(recipes, starts, kind):
 def test_stored_state_and_burn_in(kind):
     """The states before steps 5, 10 and 15 are those of a trace. After the burn-in the outputs are those of one
     call."""
-    (block,) = re.findall(r"### Stored state.*?```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    (block,) = blocks("### Stored state and burn-in (R2D2)")
     _, ours = pair(kind)
     x, starts, hx = torch.randn(20, N, I), torch.rand(20, N) < 0.1, taken(torch.randn(1 + (kind == "LSTM"), L, N, H))
     # A reset where a piece begins, which the stored state does not include, and one in the burn-in.
@@ -276,3 +313,129 @@ def test_stored_state_and_burn_in(kind):
             close([each], [of_steps[:, 5 * place + 4]])
             assert (each - of_steps[:, 5 * place + 5]).abs().max() > 1e-3
     close([names["output"]], [trace.output[13:]])
+
+
+@pytest.mark.deep
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_sb3_trains_with_the_policy_of_the_example_and_after_it_was_loaded(tmp_path, monkeypatch):
+    """The same weights as with sb3-contrib's own policy. The optimizer has the converted module's weights."""
+    sb3 = pytest.importorskip("sb3_contrib")
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    example = load(ROOT / "examples" / "sb3_recurrent_ppo.py")
+
+    def environments():
+        return example.make_vec_env("CartPole-v1", 4, seed=0)
+
+    def ppo(policy, env):
+        shape = dict(n_steps=64, n_epochs=2, policy_kwargs=dict(lstm_hidden_size=H))
+        return sb3.RecurrentPPO(policy, env, seed=0, device="cpu", **shape)
+
+    ppo.load = sb3.RecurrentPPO.load
+    theirs = ppo("MlpLstmPolicy", environments()).learn(512)
+    (block,) = blocks("### Stable-Baselines3", "text")
+    first, again = block.replace("100_000", "512").split("\n\n")
+    monkeypatch.setattr(example.OneCall, "__module__", "__main__")  # pickled by value
+    names = dict(RecurrentPPO=ppo, OneCall=example.OneCall, env=environments(), gpu_lstm=gpu_lstm)
+    exec(first, names)
+    trained = names["model"].policy
+    assert type(trained.lstm_actor) is gpu_lstm.LSTM
+    torch.testing.assert_close(trained.state_dict(), theirs.policy.state_dict(), rtol=1e-3, atol=1e-4)
+    exec(again, names)
+    loaded = names["model"].policy
+    assert type(loaded.lstm_actor) is gpu_lstm.LSTM
+    before = {name: weight.clone() for name, weight in loaded.state_dict().items()}
+    torch.testing.assert_close(before, trained.state_dict(), rtol=0, atol=0)
+    names["model"].learn(256)
+    assert (loaded.lstm_actor.weight_hh_l0 != before["lstm_actor.weight_hh_l0"]).any()
+
+
+class Counter(gymnasium.Env):
+    """An observation has the number of steps that the episode ran, and the number that it has in all."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float64)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.ran, self.last = 0, int(self.np_random.integers(1, 7))
+        return self.observed(), {}
+
+    def step(self, action):
+        self.ran += 1
+        flags = [self.ran == self.last, False]  # terminated and truncated, or the other way round
+        return self.observed(), 0.0, *flags[:: 1 if self.last % 2 else -1], {}
+
+    def observed(self):
+        return np.array([self.ran, self.last, 0.0, 0.0])
+
+
+LINES = {
+    AutoresetMode.NEXT_STEP: "start, ended = ended, torch.from_numpy(terminated | truncated)",
+    AutoresetMode.SAME_STEP: "start = torch.from_numpy(terminated | truncated)",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("mode", LINES)
+def test_the_acting_loop_resets_before_first_observations_and_the_update_repeats_it(mode, line, monkeypatch):
+    """With the line of the other mode it does not."""
+    loop, update, *_ = blocks("## Acting and learning")
+    monkeypatch.setattr(
+        gymnasium, "make_vec", lambda *_, num_envs, **__: SyncVectorEnv([Counter] * num_envs, autoreset_mode=mode)
+    )
+    assert all(PAGE.count(each) for each in LINES.values())
+    assert loop.count(LINES[AutoresetMode.NEXT_STEP]) == 1
+    names = dict(torch=torch, gpu_lstm=gpu_lstm, T=20, N=N, H=H)
+    exec(loop.replace(LINES[AutoresetMode.NEXT_STEP], LINES[line]), names)
+    observations, resets, fillers = (torch.cat([rollout[of] for rollout in names["rollouts"]]) for of in (1, 2, 3))
+    ran, last, *_ = observations.unbind(-1)
+    assert ((ran == 0).sum(0) > 4).all()
+    assert torch.equal(resets, ran == 0) == (mode is line)
+    if mode is not line:
+        return
+    is_next = mode is AutoresetMode.NEXT_STEP
+    assert torch.equal(fillers, ran == last)
+    assert fillers.any() == is_next
+    dones = (fillers if is_next else resets).roll(-1, 0)  # the last row counts for no row of resets
+    rule = (
+        "resets_from_dones(resets_from_dones(dones, last), before_last)"
+        if is_next
+        else "resets_from_dones(dones, last)"
+    )
+    assert f"`{rule}`" in PAGE
+    given = dict(dones=dones[20:], last=dones[19], before_last=dones[18])
+    assert torch.equal(eval(rule, {"resets_from_dones": gpu_lstm.resets_from_dones}, given), resets[20:])
+    exec(update, names)
+    with pytest.raises(AssertionError, match="not close"):  # the states after the rollout
+        exec(update.replace("h_before[", "h[").replace("c_before[", "c["), names)
+
+
+def test_sentences_on_speed_have_the_stored_results():
+    """test_documentation.py compares the tables."""
+    page, streaming = (" ".join(text.split()) for text in (PAGE, STREAMING))
+    acting, ppo = (pd.read_csv(ROOT / "bench" / "results" / "cpu" / f"{name}.csv") for name in ("acting", "ppo"))
+    acting = acting[acting["device"].str.endswith("1 thread")]
+
+    def longer(its, over):
+        return f"up to {(its / over).max() - 1:.0%} longer than".replace("%", " %")
+
+    def span(cell, low, high, way, *resets):
+        its = acting[acting["cell"].isin(cell) & acting["N"].between(low, high) & acting["resets"].isin(resets)]
+        return "{:.2f} to {:.2f}".format(*its[f"{way}, times as fast"].agg(["min", "max"]))
+
+    gru = ppo[ppo["cell"] == "GRU"]
+    stream = longer(acting["Stream us"], acting["module us"])
+    both, few, many = ("LSTM", "GRU"), (2, 8, "Stream"), (64, 4096, "Stream")
+    for text, said in (
+        (page, f"rollout takes {longer(gru['rollout, one call ms'], gru['rollout, loop ms'])} with `nn.GRU`"),
+        (page, f"`Stream` takes {stream} the module"), (streaming, f"`Stream` takes {stream} a call of its module"),
+        (page, f"the module is {span(both, 64, 4096, 'module', False, True)} times as fast"),
+        (streaming, f"an LSTM's stream is {span(['LSTM'], *few, False)} times as fast as `nn.LSTM` without resets"),
+        (streaming, f"and {span(['LSTM'], *few, True)} times with resets, since"),
+        (streaming, f"A GRU's stream is {span(['GRU'], *few, False)} times as fast as `nn.GRU` without resets"),
+        (streaming, f"and {span(['GRU'], *few, True)} times with resets. With 64"),
+        (streaming, f"a stream is {span(both, *many, False)} times as fast as torch's module without resets"),
+        (streaming, f"and {span(both, *many, True)} times with resets. These"),
+    ):  # fmt: skip
+        assert said in text, said
