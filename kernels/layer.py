@@ -67,8 +67,10 @@ class Layer:
         ```
 
         With `save`, the activated gates overwrite `gates`. With a projection, the gates of every sequence's first step
-        may be overwritten in any case. If `multiplies_x` and the `is_product_alone`, the loop computes the product and
-        adds the biases: `gates` is uninitialised with `save`, and x [T, B, I] without.
+        may be overwritten in any case.
+
+        If `multiplies_x` is true, and `is_product_alone` is true for the inputs, the loop itself computes the gates from
+        r.inputs.x. Then `gates` is uninitialised memory with `save`, and x [T, B, I] without.
 
         Raises:
             RuntimeError: an earlier launch timed out, or no kernel can run the problem.
