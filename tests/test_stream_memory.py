@@ -134,16 +134,3 @@ def faults(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_whatever_a_stream_reads_is_waited_for_and_held(faults, case, learns):
     assert faults(case, learns) == set()
-
-
-@pytest.mark.parametrize("learns", [True, False])
-@pytest.mark.parametrize("of_results", [True, False])
-@pytest.mark.parametrize(("place", "name", "said"), [
-    (schedule, "hold_memory", "given away"), (Stream, "wait_stream", "does not wait"),
-])  # fmt: skip
-def test_what_is_not_held_or_waited_for_shows(faults, monkeypatch, learns, of_results, place, name, said):
-    """The fault concerns either the tensors that the streams of the directions read, or their results."""
-    real = getattr(place, name)
-    here = lambda stream, given: None if (stream.name == "main") == of_results else real(stream, given)  # noqa: E731
-    monkeypatch.setattr(place, name, here)
-    assert any(said in found for found in faults("plain", learns))
