@@ -1,5 +1,5 @@
-"""Tests of the tests: a fault of 1 % in any term exceeds the limits of comparing.judge, and roundings of float32 do
-not. One of the tests that need a card runs on the CPU."""
+"""Tests of the tests: a fault of 1 % in any term exceeds the limits of comparing.judge. One of the tests that need
+a card runs on the CPU."""
 
 import ast
 import functools
