@@ -68,27 +68,23 @@ def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(
     lengths = torch.tensor([T, 1], device=place["device"]) if ragged else None
     wanted = [p for name, p in lstm.named_parameters() if name != "weight_ih_l1"]  # this parameter is changed
 
-    def gradients(change):
+    k = IN_PLACE.index(changed)
+
+    def gradients(in_place):
         given, its_lengths = x.clone(), None if lengths is None else lengths.clone()
         y, states = lstm(given, lengths=its_lengths)
         h, c = states if cls is gpu_lstm.LSTM else (states, 1 * states)
-        results = change(y, h, c, given, its_lengths, lstm.weight_ih_l1)[:3]
-        return *results, *torch.autograd.grad(sum(t.square().sum() for t in results), wanted)
-
-    k = IN_PLACE.index(changed)
-
-    def in_place(*tensors):
-        if tensors[k] is not None:
+        tensors = [y, h, c, given, its_lengths, lstm.weight_ih_l1]
+        if in_place and tensors[k] is not None:
             with torch.set_grad_enabled(k < 3):  # a change of a result is part of the graph
                 tensors[k].mul_(2)
-        return tensors
+        elif k < 3:
+            tensors[k] = 2 * tensors[k]
+        return *tensors[:3], *torch.autograd.grad(sum(t.square().sum() for t in tensors[:3]), wanted)
 
-    def apart(*tensors):
-        return [*tensors[:k], 2 * tensors[k], *tensors[k + 1 :]] if k < 3 else tensors
-
-    expected, refusal = gradients(apart), ""
+    expected, refusal = gradients(in_place=False), ""
     try:
-        found = gradients(in_place)
+        found = gradients(in_place=True)
     except RuntimeError as error:
         found, refusal = None, str(error)
     assert found or "modified by an inplace operation" in refusal, refusal

@@ -34,14 +34,6 @@ def nothing_compiled_before():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def quick_gpp():
-    """Speed up the compilation of inductor's code: vector instructions are not tried, and headers are not
-    precompiled."""
-    with torch._inductor.config.patch({"cpp.vec_isa_ok": False, "aot_inductor.precompile_headers": False}):
-        yield
-
-
 def module(kind, backend, **arguments):
     """Return a module, and its twin on the reference."""
     _, ours = pair(kind, backend, **arguments)
@@ -225,7 +217,9 @@ def test_an_export_says_once_that_the_program_needs_the_package(caplog, strict):
 
 
 @pytest.mark.deep
-def test_ahead_of_time_by_inductor(tmp_path, quick_gpp):
+# g++ is quicker where vector instructions are not tried, and headers are not precompiled.
+@torch._inductor.config.patch({"cpp.vec_isa_ok": False, "aot_inductor.precompile_headers": False})
+def test_ahead_of_time_by_inductor(tmp_path):
     lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True).eval()
     with torch.no_grad():
         program = torch.export.export(lstm, (torch.randn(5, 2, I),), dynamic_shapes=({0: STEPS, 1: BATCH},))
