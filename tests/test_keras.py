@@ -198,18 +198,19 @@ def test_what_has_no_counterpart_is_refused(make, message):
         (from_keras if isinstance(given, keras.Layer) else to_keras)(given)
 
 
-OURS = {
-    f"{name} {kind}": make(kind) for kind in ("LSTM", "GRU") for name, make in {
-        "three layers": lambda kind: getattr(gpu_lstm, kind)(I, H, num_layers=3),
-        "bidirectional": lambda kind: getattr(gpu_lstm, kind)(I, H, bidirectional=True),
-        "compat": lambda kind: getattr(gpu_lstm.compat, kind)(I, H),
-        "torch": lambda kind: getattr(nn, kind)(I, H, num_layers=2),
-        "stack, no bias": lambda kind: getattr(gpu_lstm, f"Stacked{kind}")(I, [H, H + 1], bias=False),
-        "stack of one, bidirectional": lambda kind: getattr(gpu_lstm, f"Stacked{kind}")(I, [H], bidirectional=True),
-        "backwards": lambda kind: GoBackwards(getattr(gpu_lstm, kind)(I, H, num_layers=2, batch_first=True)),
-        "stack backwards": lambda kind: GoBackwards(
-            getattr(gpu_lstm, f"Stacked{kind}")(I, [H, H + 1], batch_first=True)),
-    }.items()}  # fmt: skip
+def ours_of(kind):
+    layer, stack = (getattr(gpu_lstm, f"{of}{kind}") for of in ("", "Stacked"))
+    return {
+        "three layers": layer(I, H, num_layers=3), "bidirectional": layer(I, H, bidirectional=True),
+        "compat": getattr(gpu_lstm.compat, kind)(I, H), "torch": getattr(nn, kind)(I, H, num_layers=2),
+        "stack, no bias": stack(I, [H, H + 1], bias=False),
+        "stack of one, bidirectional": stack(I, [H], bidirectional=True),
+        "backwards": GoBackwards(layer(I, H, num_layers=2, batch_first=True)),
+        "stack backwards": GoBackwards(stack(I, [H, H + 1], batch_first=True)),
+    }  # fmt: skip
+
+
+OURS = {f"{name} {kind}": module for kind in ("LSTM", "GRU") for name, module in ours_of(kind).items()}
 
 
 @pytest.mark.parametrize("module", OURS.values(), ids=OURS)
