@@ -1,5 +1,5 @@
-"""Tests of the tests: a fault of 1 % in any term exceeds the limits of comparing.judge. One of the tests that need
-a card runs on the CPU."""
+"""Tests of the tests: a fault of 1 % in any term exceeds the limits of comparing.judge, and roundings of float32 do
+not. One of the tests that need a card runs on the CPU."""
 
 import ast
 import functools
@@ -83,6 +83,19 @@ def test_a_fault_of_one_percent_in_any_term_is_detected(monkeypatch, term):
         monkeypatch.setattr(oracle, function.name, faulty[function.name])
     with pytest.raises(AssertionError, match="RMS error"):
         judged(monkeypatch, [results(seed) for seed in SEEDS])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_roundings_are_no_faults_where_torch_rounds_luckily(monkeypatch, seed):
+    """torch's errors are zero here. Errors of rounding are allowed, and an error sixteen times as large, of one result,
+    is not."""
+    rounding, name = comparing.rounding_as(F32, np.random.default_rng(1 + seed)), f"{CASES[0][1]}, h0"
+    found = [results(seed, rounding) for seed in SEEDS]
+    judged(monkeypatch, found)
+    for of_seed, true in zip(found, map(truth, SEEDS)):
+        of_seed[name] = true[name] + 16 * (np.asarray(of_seed[name]) - true[name])
+    with pytest.raises(AssertionError, match=f"{name}: RMS error"):
+        judged(monkeypatch, found)
 
 
 @pytest.fixture
