@@ -139,7 +139,6 @@ OF_WORDS = [  # a problem, a card, whether it is backward, and how many partners
     (Problem(2, 3, 33, torch.float32, 0, "tf32"), "h100", False, 1),
     (Problem(2, 999, 100, BF16), "h100", False, 1),  # a group has several batch tiles
     (Problem(2, 16, 768, BF16, cell="gru"), "h100", False, 1), (Problem(2, 16, 768, BF16, cell="gru"), "a100", True, 3),
-    (Problem(2, 17, 33, F16, cell="gru"), "h100", False, 1),
 ]  # fmt: skip
 OF_BARRIERS = [  # for the step family: a problem, a card, and whether it is backward
     (Problem(2, 3, 33, BF16), "a100", False), (Problem(2, 3, 33, BF16), "h100", True),

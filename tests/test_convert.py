@@ -106,14 +106,16 @@ NONE_OF_OURS = ("there is no gpu_lstm.LSTM or gpu_lstm.LSTMCell or gpu_lstm.GRU 
 LEFT = f"left as it is: {{}} ({__name__}.{{}}), a subclass, which may do anything in its forward"
 
 
+def normed(module):
+    return nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")  # which gives it a class of its own
+
+
 @pytest.mark.filterwarnings("ignore:gpu_lstm.* swapped nothing:UserWarning")
 @both_ways
 def test_subclasses_and_other_modules_are_left_alone_but_what_is_inside_them_is_swapped(swap):
     source, goal = next(iter(SWAPS[swap].items()))
     others = [gpu_lstm.compat.GRU, gpu_lstm.LSTM] if swap is gpu_lstm.convert else [nn.LSTM, nn.GRUCell]
-    # weight_norm gives it a class of its own.
-    normed = nn.utils.parametrizations.weight_norm(source(3, 4), "weight_hh_l0")
-    mine = [*(cls(3, 4) for cls in (MyLSTM, MyCell, Ours, nn.RNN, *others)), normed]
+    mine = [*(cls(3, 4) for cls in (MyLSTM, MyCell, Ours, nn.RNN, *others)), normed(source(3, 4))]
     for module in mine[:4]:
         module.inner = source(3, 4)
     model = swap(nn.ModuleList(mine))
@@ -155,20 +157,14 @@ def test_what_was_swapped_and_what_was_left_is_logged(caplog):
     ]
 
 
-def with_a_normed(library, kind):
-    """Return a model with one module of a library, and another one to which weight_norm gives a class of its own."""
-    module, other = (getattr(library, kind)(3, 4) for _ in range(2))
-    return nn.Sequential(module, nn.Sequential(nn.utils.parametrizations.weight_norm(other, "weight_hh_l0")))
-
-
 @pytest.mark.parametrize(("swap", "model", "text"), [
     (gpu_lstm.convert, nn.ModuleList([MyLSTM(3, 4)]),
      f"swapped nothing: {NONE} torch.nn.ModuleList; {LEFT.format('0', 'MyLSTM')}"),
     (to_torch, Ours(3, 4),
      f"swapped nothing: {NONE_OF_OURS} {__name__}.Ours; {LEFT.format('the model itself', 'Ours')}"),
-    *((to_torch, with_a_normed(library, kind), f"swapped 0 ({library.__name__}.{kind}); left as it is: 1.0 "
-       f"(torch.nn.utils.parametrize.Parametrized{kind}), a subclass, which may do anything in its forward")
-      for library in (gpu_lstm, gpu_lstm.compat) for kind in ("LSTM", "GRU")),
+    (to_torch, nn.Sequential(gpu_lstm.GRU(3, 4), nn.Sequential(normed(gpu_lstm.compat.LSTM(3, 4)))),
+     "swapped 0 (gpu_lstm.GRU); left as it is: 1.0 (torch.nn.utils.parametrize.ParametrizedLSTM), a subclass, "
+     "which may do anything in its forward"),
     (to_torch, nn.Sequential(gpu_lstm.SLSTM(3, 4), gpu_lstm.LSTM(4, 4)),
      "swapped 1 (gpu_lstm.LSTM); left as it is: 0 (gpu_lstm.SLSTM), a cell that torch.nn has not"),
 ], ids=lambda each: getattr(each, "__name__", ""))  # fmt: skip

@@ -4,6 +4,7 @@ The CPU counts as a card with one plan, the step family's. Faults are planted in
 test_verify.py tests how they are found.
 """
 
+import contextlib
 import copy
 import dataclasses
 import warnings
@@ -13,7 +14,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-import triton.language as tl
 from comparing import assert_same
 from pairs import RAGGED, B, H, I, T, pair, random_inputs, results, truth, weighing
 from places import by_interpreter
@@ -25,7 +25,6 @@ import gpu_lstm
 from gpu_lstm.dispatch import race
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.triton_rnn import equations, launch
-from gpu_lstm.kernels.triton_rnn.cell import indexing, noise, states
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.threads import fragments
 from gpu_lstm.kernels.triton_rnn.tiles import cells
@@ -40,7 +39,7 @@ pytestmark = [
 # Right device functions. Faults are plain functions in their place, since the code that calls them runs in the
 # interpreter.
 cell_forward, cell_backward, tanh = equations.cell_forward, equations.cell_backward, equations.tanh
-load_constants, launch_kernel, sequences = states.load_constants, launch.launch_kernel, indexing.sequences
+launch_kernel = launch.launch_kernel
 
 
 def gru_with(candidate):
@@ -59,23 +58,14 @@ def gru_gradients(change):
     return lambda gates, *given: change(gates, *cell_backward(gates, *given))
 
 
-IN_KERNELS = {  # for each option of a call: the device function, and the faulty one in its place
+IN_KERNELS = {  # the device function, and the faulty one in its place
     "gates i and f swapped": ("cell_forward", lambda x, z, *given: cell_forward(
         (x[1], x[0], *x[2:]), (z[1], z[0], *z[2:]), *given)),
     "cell gradient lost": ("cell_backward", lambda *given: (
         cell_backward(*given)[0], cell_backward(*given)[1] * 0.0, ())),
-    "peepholes in another order": ("load_constants", lambda *given: tuple(
-        load_constants(*given)[k] for k in ((0, 2, 1) if given[0] is not None else ()))),
-    "resets ignored": ("is_reset", lambda time, *_: time < 0),
-    "lengths ignored": ("sequences", lambda index, batch: sequences(index, batch)._replace(
-        length=tl.zeros_like(index) + batch.T)),
-    "zeros for the state given": ("reset_to", lambda before, *_: before),
     "GRU: b_hn outside r": ("cell_forward", gru_with(lambda x, s, r, b: tanh(x[2] + b[2] + r * (s - b[2])))),
-    "GRU: r and z swapped": ("cell_forward", lambda x, z, *given: cell_forward(
-        (x[1], x[0], *x[2:]), (z[0], z[2], z[1], z[3]), *given)),
     "GRU: n does not depend on r": ("cell_backward", gru_gradients(lambda gates, dz, *rest: (
         (dz[0], dz[1] * 0.0, dz[2], dz[3]), *rest))),
-    "GRU: dm lost": ("output_backward", lambda o, v, dm, S: (dm * 0.0, dm * 0.0)),
     "sLSTM: half of l": ("cell_forward", lambda x, z, q, rest, *given: cell_forward(
         x, z, q, (rest[0] * 0.5,), *given)),
     "sLSTM: dl lost": ("cell_backward", lambda *given: cell_backward(
@@ -86,7 +76,7 @@ IN_KERNELS = {  # for each option of a call: the device function, and the faulty
 def plant(monkeypatch, fault):
     """Plant a fault wherever kernels of the step family find the function."""
     name, function = IN_KERNELS[fault]
-    for module in (step_family, cells, fragments, indexing, states, noise, equations):
+    for module in (step_family, cells, fragments, equations):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, function)
 
@@ -219,6 +209,7 @@ def test_gradients_by_torch_func_are_right_where_no_kernel_is(monkeypatch):
     torch.testing.assert_close(pull(tuple(weighing(found)))[0].double(), truth(ours, INPUT, **RAGGED)["dx"])
 
 
+@pytest.mark.filterwarnings("error:gpu_lstm")
 @pytest.mark.parametrize("way", [eager, by_compiler])
 def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdicts, monkeypatch, launched, way):
     """Nothing is decided or cached. A user who chose the kernels gets the error."""
@@ -226,7 +217,7 @@ def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdict
     expected = truth(ours, INPUT, **RAGGED)
     with monkeypatch.context() as patch:
         patch.setattr(verify.Small, "by_reference", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
-        for said in pytest.warns(UserWarning, match="memory is full"), warnings.catch_warnings(action="error"):
+        for said in pytest.warns(UserWarning, match="memory is full"), contextlib.nullcontext():  # it is said once
             with said:
                 assert_same(results(ours, INPUT, call=way(ours), **RAGGED), expected, condition=2)
         assert verdicts.call_count > 1

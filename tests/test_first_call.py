@@ -74,18 +74,18 @@ def test_two_blocks_of_a_multiprocessor_must_have_room_in_its_shared_memory(monk
 def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(an_h100, monkeypatch):
     """A verification would become part of the graph. A plan that was not verified must not count as verified later."""
     verify = Mock(side_effect=lambda *given: "wrong" if given[-1] == PLANS[0] else None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    torch_finds(monkeypatch, is_current_stream_capturing=True)
     for _ in range(2):
         assert _choose(monkeypatch, verify=verify) == (PLANS[0], [PLANS[0].units])
     assert verify.mock_calls == []
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    torch_finds(monkeypatch)
     for _ in range(2):
         assert _choose(monkeypatch, verify=verify)[0] == PLANS[1]
     assert verify.mock_calls == [call(ANY, Pass(), GIVEN, plan) for plan in PLANS[:2]]
     assert {each.args[0].problem for each in verify.call_args_list} == {PROBLEM}
     _choose(monkeypatch, pass_=Pass(True, dh=False, dh_n=False), verify=verify)
     assert verify.call_count == 2, "without a gradient of h there is nothing to verify"
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    torch_finds(monkeypatch, is_current_stream_capturing=True)
     for batch in (PROBLEM.batch, PROBLEM.batch - 1):  # a plan that was refused before is not used, nor by another batch
         layers._layers.clear()
         kept = kept_layer(launch, PROBLEM._replace(batch=batch), CUDA, verify).prepared(FORWARD, GIVEN).plan
@@ -98,7 +98,7 @@ def test_a_layer_that_has_no_kernel_is_not_asked_again_and_has_none_in_a_capture
     found, verify = [], Mock(side_effect=[torch.OutOfMemoryError("full"), *["wrong"] * 9])
     layer = kept_layer(launch, PROBLEM, CUDA, verify)
     for capturing in (False, False, False, True):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        torch_finds(monkeypatch, is_current_stream_capturing=capturing)
         found.append((layer.has_kernel(FORWARD, GIVEN), verify.call_count))
     assert found == [(False, 1), *[(False, 1 + choose.MOST + 1)] * 3]
     assert layer.has_kernel(Pass(save=False), GIVEN), "of another pass nothing is known, and nothing is verified now"
@@ -284,7 +284,7 @@ def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypat
     loaded = []
     monkeypatch.setattr(choose, "load", lambda kernel, *_: loaded.append(kernel.__name__) or MagicMock())
     for capturing in (True, False, False):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        torch_finds(monkeypatch, is_current_stream_capturing=capturing)
         assert selected("triton") is Backend.TRITON
         assert loaded == ([] if capturing else ["empty_kernel"])
 
@@ -378,6 +378,6 @@ def test_an_empty_grid_is_launched_once_in_each_context_and_in_order(an_h100, mo
     available_to[0] = 66
     with pytest.warns(UserWarning, match="kernels use 66 of the 132 multiprocessors of cuda:0"):
         assert [CARD_OF(CUDA).multiprocessors for _ in range(3)] == [66, 132, 66]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    torch_finds(monkeypatch, is_current_stream_capturing=True)
     assert [CARD_OF(CUDA).multiprocessors for _ in range(2)] == [66, 132], "in a capture, as far as it is known"
     assert ordered == [(1, CUDA), None] * 2

@@ -4,6 +4,7 @@ derivatives. torch.library checks the operators."""
 import contextlib
 import copy
 import io
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -27,19 +28,12 @@ from gpu_lstm.kernels.problem import Inputs
 from gpu_lstm.verification.verify import LEARNT
 
 SIZES = ((3, 2), (2, 4), (5, 3))  # T, B
+deep = partial(pytest.param, marks=pytest.mark.deep)
 
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def quick_gpp():
-    """Speed up the compilation of inductor's code: vector instructions are not tried, and headers are not
-    precompiled."""
-    with torch._inductor.config.patch({"cpp.vec_isa_ok": False, "aot_inductor.precompile_headers": False}):
-        yield
 
 
 def module(kind, backend, **arguments):
@@ -61,10 +55,9 @@ def call_of(ours, steps, batch, ragged=False):
 @pytest.mark.parametrize(("kind", "training", "ragged", "backend"), [
     ("StackedLSTM", True, True, "torch"), ("LSTM", True, "states", KERNELS_HERE), ("GRU", True, "marked", "torch"),
     ("SLSTM heads", True, True, KERNELS_HERE), ("GRU heads", True, True, "torch"),
-    *(pytest.param(*case, marks=pytest.mark.deep) for case in (
-        ("LSTM", False, "marked", "torch"), ("GRU", True, "states", KERNELS_HERE),
-        ("StackedGRU", True, False, KERNELS_HERE),
-        ("StackedLSTM", False, "states", "reference"))),  # in float64, where states after resets are not rounded
+    deep("LSTM", False, "marked", "torch"), deep("GRU", True, "states", KERNELS_HERE),
+    deep("StackedGRU", True, False, KERNELS_HERE),
+    deep("StackedLSTM", False, "states", "reference"),  # in float64, where states after resets are not rounded
 ])  # fmt: skip
 def test_two_graphs_do_for_all_sizes_and_one_where_they_are_marked_as_dynamic(kind, training, ragged, backend):
     ours, twin = module(kind, backend, bidirectional=kind in ("LSTM", "GRU"))
@@ -173,7 +166,7 @@ def test_an_error_of_torch_while_a_backend_is_chosen_is_told(monkeypatch):
         torch.compile(gpu_lstm.LSTM(I, H), backend="eager", fullgraph=True)(torch.randn(2, 1, I))
 
 
-@pytest.mark.parametrize("chosen", ["argument", "block", pytest.param("environment", marks=pytest.mark.deep)])
+@pytest.mark.parametrize("chosen", ["argument", "block", deep("environment")])
 def test_a_choice_is_kept_by_the_graph_and_a_new_choice_makes_a_new_one(chosen, monkeypatch, calls):
     lstm, x = gpu_lstm.LSTM(I, H, backend="reference" if chosen == "argument" else None), torch.randn(3, 1, I)
     if chosen == "environment":
@@ -192,8 +185,7 @@ STEPS, BATCH = Dim("T"), Dim("B")
 
 @pytest.mark.parametrize(("kind", "strict", "backend"), [
     ("StackedLSTM", False, "torch"), ("GRU", False, KERNELS_HERE), ("LSTM heads", False, "reference"),
-    *(pytest.param(*case, marks=pytest.mark.deep) for case in (
-        ("LSTM", True, KERNELS_HERE), ("StackedGRU", True, "torch")))])  # fmt: skip
+    deep("LSTM", True, KERNELS_HERE), deep("StackedGRU", True, "torch")])  # fmt: skip
 def test_an_exported_program_is_for_all_sizes_and_can_be_trained(kind, strict, backend):
     ours, twin = module(kind, backend, bidirectional=kind in ("LSTM", "GRU"))
     x, options = call_of(ours, 5, 2, ragged=True)
@@ -213,7 +205,7 @@ NEEDS = (
 )
 
 
-@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.deep), False])
+@pytest.mark.parametrize("strict", [deep(True), False])
 def test_an_export_says_once_that_the_program_needs_the_package(caplog, strict):
     graph._log_once.cache_clear()
     lstm, x = gpu_lstm.LSTM(I, H), torch.randn(5, 2, I)
@@ -225,7 +217,9 @@ def test_an_export_says_once_that_the_program_needs_the_package(caplog, strict):
 
 
 @pytest.mark.deep
-def test_ahead_of_time_by_inductor(tmp_path, quick_gpp):
+# g++ is quicker where vector instructions are not tried, and headers are not precompiled.
+@torch._inductor.config.patch({"cpp.vec_isa_ok": False, "aot_inductor.precompile_headers": False})
+def test_ahead_of_time_by_inductor(tmp_path):
     lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True).eval()
     with torch.no_grad():
         program = torch.export.export(lstm, (torch.randn(5, 2, I),), dynamic_shapes=({0: STEPS, 1: BATCH},))
@@ -293,8 +287,7 @@ def learnt(given):
     ("both directions", "torch"), ("ragged resets reverse", "torch"), (NORMS, "reference"),
     *((words, by + KERNELS_HERE) for words in ("ragged resets reverse", "gru ragged states masks reverse")
       for by in ("", "auto ")),
-    *(pytest.param(words, KERNELS_HERE, marks=pytest.mark.deep)
-      for words in (MASKS, "ragged states peepholes reverse norms masks")),
+    deep(MASKS, KERNELS_HERE), deep("ragged states peepholes reverse norms masks", KERNELS_HERE),
 ])  # fmt: skip
 def test_an_operator(monkeypatch, words, backend, device):
     """Forward is checked with and without the tensors that backward reads, and backward with the gradient of the output

@@ -19,12 +19,15 @@ B, T, I, H = 4, 6, 5, 3
 BOTH = keras.layers.Bidirectional
 ALL = {"return_sequences": True, "return_state": True}
 BACK, ZERO = {"go_backwards": True}, {"zero_output_for_mask": True}
-MASKS = {name: torch.tensor(rows).bool() for name, rows in {
-    "right": [[1, 1, 1, 0, 0, 0], [1] * T, [0] * T, [1, 0, 0, 0, 0, 0]],
-    "left": [[0, 0, 0, 1, 1, 1], [1] * T, [0] * T, [0, 0, 0, 0, 0, 1]],
-    "gaps": [[0, 1, 0, 0, 1, 0], [1, 0, 1, 1, 0, 1], [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 1]],
-}.items()}  # fmt: skip
 FUSED = hasattr(BOTH, "_can_attempt_fused_lstm")  # Keras 3.12 has only the loop of cells, whose products are in float32
+
+
+def draw(*shape, dtype="float32", seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+
+
+RIGHT = torch.arange(T) < torch.tensor([3, T, 0, 1])[:, None]
+MASKS = {"right": RIGHT, "left": RIGHT.flip(1), "gaps": draw(B, T, seed=2) > 0}
 MASKED = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 MASKED_OR_NOT = pytest.mark.parametrize("mask", [None, MASKS["gaps"]], ids=["all", "gaps"])
 
@@ -39,10 +42,6 @@ def kinds(request):
 def calls(spy, kinds):
     """A Mock that makes and counts the calls of lstm_layer or gru_layer."""
     return spy(layer, f"{kinds[0].__name__.lower()}_layer")
-
-
-def draw(*shape, dtype="float32", seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def states(one, **how):

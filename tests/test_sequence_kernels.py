@@ -1,9 +1,7 @@
-"""Programs and threads that wait for each other: broken exchanges and barriers are detected, and waits end."""
+"""Programs and threads that wait for each other: waits end, states are exact, and words have places of their own."""
 
-import contextlib
 import dataclasses
 import itertools
-from functools import partial
 
 import interpreted
 import oracle
@@ -15,7 +13,7 @@ from cases import check
 from comparing import both_kinds
 from interpreted import rounded_to_tf32
 from pairs import pair, random_inputs
-from places import INTERPRETED, KERNELS, by_interpreter, cooperative, held, split, step
+from places import INTERPRETED, KERNELS, by_interpreter, cooperative
 from standing_in import few_polls, recurrence
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -27,7 +25,6 @@ from gpu_lstm.kernels.triton_rnn import exchange, launch
 from gpu_lstm.kernels.triton_rnn.threads import cooperative as cooperative_kernels
 from gpu_lstm.kernels.triton_rnn.threads import fragments
 from gpu_lstm.kernels.triton_rnn.tiles import held as held_kernels
-from gpu_lstm.kernels.triton_rnn.tiles import step as step_kernels
 
 pytestmark = [
     by_interpreter,
@@ -74,120 +71,26 @@ def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
     assert not found[:, 2].isnan().any()
 
 
-# A broken exchange must be detected. Faults are plain functions, since the code that calls them runs in the
-# interpreter, where constants are numbers.
-wait_for_tile = held_kernels.wait_for
+def one_arrival_more(arrivals, tile, times, *given):
+    return interpreted.wait_for(arrivals, tile, times + 1, *given)
 
 
-def announce_early(word_ptr, words, mask):
-    tl.store(word_ptr, tl.zeros_like(words), mask=mask)  # the data come later
-    tl.debug_barrier()
-    exchange.publish(word_ptr, words, mask)
-
-
-def no_barrier(arrivals, times, poll_limit, *_):
-    return poll_limit
-
-
-def barrier_after_some(even):
-    """All programs count themselves in, but wait only in some rounds. Rounds alternate between products of parts of K
-    and cells."""
-
-    def grid_barrier(arrivals, times, poll_limit, step):
-        if int(times) % 2 == even:
-            exchange.arrive(arrivals.arrivals_ptr, poll_limit)
-            return poll_limit
-        return exchange.grid_barrier(arrivals, times, poll_limit, step)
-
-    return grid_barrier
-
-
-HELD = {"held": {}, "ahead": dict(asks_ahead=True)}
-BARRIER, TILE = (step_kernels, "grid_barrier"), (held_kernels, "wait_for")
-OF_EXCHANGES = {  # the function, and its replacement
-    "published before the data": ((cooperative_kernels, "publish"), announce_early),
-    "no repeated load": ((interpreted, "count_missing"), lambda *_: 0),
-}
-OF_TILES = {  # faults of programs that hold W_hh
-    "no wait": lambda arrivals_ptr, batch_tile, times, poll_limit, *_: poll_limit,
-    "a step too few": lambda arrivals_ptr, batch_tile, times, *given: wait_for_tile(
-        arrivals_ptr, batch_tile, times - 1, *given),
-    "of other sequences": lambda arrivals_ptr, batch_tile, *given: wait_for_tile(arrivals_ptr, 0, *given),
-}  # fmt: skip
-deep = pytest.mark.deep
-four_units = partial(cooperative, units=4, yield_rate=0.3)
-often, by_parts = partial(step, yield_rate=0.3), partial(split, yield_rate=0.3)
-FAULTS = [  # how kernels are forced, which of them are faulty, the function and its replacement, and a layer
-    *(pytest.param(four_units, "", where, fault, (6, 3, 3, 8), F16, id=name, marks=deep)
-      for name, (where, fault) in OF_EXCHANGES.items()),
-    pytest.param(often, "", BARRIER, no_barrier, (5, 3, 3, 40), F32, id="no barrier"),
-    *(pytest.param(by_parts, "backward", BARRIER, barrier_after_some(after == "products"), (5, 3, 3, 40), F32,
-                   id=f"no barrier after {after}") for after in ("products", "cells")),
-    *(pytest.param(partial(held, yield_rate=0.3, **HELD[way]), "", TILE, fault,
-                   (5, 35 if way == "ahead" else 18, 3, 40), F32, id=f"{name}-{way}",
-                   marks=() if way == "held" else deep)
-      for name, fault in OF_TILES.items() for way in HELD),
+# Faults are plain functions, since the code that calls them runs in the interpreter, where constants are numbers.
+OF_BARRIERS, OF_TILES = ((module, "wait_for", one_arrival_more) for module in (exchange, held_kernels))
+FAULTS_OF_WAITS = [  # how kernels are forced, the faulty one, and the fault
+    ("cooperative/4/1/4", "cooperative_forward_kernel", (cooperative_kernels, "publish", lambda *_: None)),
+    ("cooperative/4/1/4", "cooperative_backward_kernel",
+     (cooperative_kernels, "in_phase", lambda words, phase: words & -2)),
+    ("split/4", "step_backward_kernel", OF_BARRIERS),
+    *(("step", f"step_{way}_kernel", OF_BARRIERS) for way in ("forward", "backward")),
+    *((family, f"held_{way}_kernel", OF_TILES) for family in ("held", "held/ahead") for way in ("forward", "backward")),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("force", "kernels", "where", "fault", "size", "dtype"), FAULTS)
-def test_a_planted_fault_is_detected(monkeypatch, force, kernels, where, fault, size, dtype):
-    force(monkeypatch)
-    launch_with(monkeypatch, *where, fault, kernels)
-
-    def is_detected(seed):
-        try:
-            check(size, "", "triton", dtype, seeds=1, first_seed=seed)
-        except AssertionError:
-            return True
-        return False
-
-    assert any(map(is_detected, range(12)))
-
-
-def launch_with(monkeypatch, module, name, fault, kernels, around=lambda kernel: contextlib.nullcontext()):
-    """Plant a fault only in kernels with such a name, whose launches are within around(name)."""
-    run = launch.launch_kernel
-
-    def launch_kernel(kernel, grid, **given):
-        if kernels not in kernel.__name__:
-            return run(kernel, grid, **given)
-        with monkeypatch.context() as patch, around(kernel.__name__):
-            patch.setattr(module, name, fault)
-            run(kernel, grid, **given)
-
-    monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
-
-
-def one_arrival_more(arrivals, times, *given):
-    return exchange.grid_barrier(arrivals, times + 1, *given)
-
-
-def one_tile_more(arrivals_ptr, batch_tile, times, *given):
-    return wait_for_tile(arrivals_ptr, batch_tile, times + 1, *given)
-
-
-WAYS = {"": partial(cooperative, units=4), "step": step, "split": split}
-WAYS |= {way: partial(held, **options) for way, options in HELD.items()}
-LATE_BARRIER, LATE_TILE = (*BARRIER, one_arrival_more), (*TILE, one_tile_more)
-FAULTS_OF_WAITS = [  # the kernel and how it is forced, and the fault
-    ("cooperative_forward_kernel", (cooperative_kernels, "publish", lambda *_: None)),
-    ("cooperative_backward_kernel", (cooperative_kernels, "in_phase", lambda words, phase: words & -2)),
-    ("step_backward_kernel split", LATE_BARRIER),
-    ("step_forward_kernel step", LATE_BARRIER), ("step_backward_kernel step", LATE_BARRIER),
-    *((f"held_{way}", LATE_TILE) for way in ("forward_kernel held", "forward_kernel ahead", "backward_kernel ahead",
-                                             "backward_kernel held")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kernel", "fault", "kind"), [
-    *((*each, "LSTM") for each in FAULTS_OF_WAITS),
-    *((name, fault, "GRU") for name, fault in FAULTS_OF_WAITS if name in ("cooperative_backward_kernel",
-                                                                           "held_forward_kernel held")),
-])  # fmt: skip
-def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, fault, kind):
+@pytest.mark.parametrize(("family", "kernel", "fault", "kind"), [
+    *((*each, "LSTM") for each in FAULTS_OF_WAITS), *((*FAULTS_OF_WAITS[k], "GRU") for k in (1, 5))])  # fmt: skip
+def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, family, kernel, fault, kind):
     """Only the faulty kernel has few polls. How many polls others need depends on the scheduler."""
-    kernel, _, way = kernel.partition(" ")
     module = getattr(gpu_lstm, kind)(3, 8, backend="triton")
     x, hx = tree_map(torch.Tensor.requires_grad_, random_inputs(module, 3, steps=5))
     state = tree_leaves(hx)
@@ -195,10 +98,18 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
     def gradients(h):
         return torch.autograd.grad(h.sum(), (x, *state))
 
-    WAYS[way](monkeypatch)
+    KERNELS[family].force(monkeypatch)
     h, states = module(x, hx)
-    right = h, *states, *gradients(h)
-    launch_with(monkeypatch, *fault, kernel, few_polls)
+    right, run = (h, *states, *gradients(h)), launch.launch_kernel
+
+    def launch_kernel(each, grid, **given):
+        if each.__name__ != kernel:
+            return run(each, grid, **given)
+        with monkeypatch.context() as patch, few_polls(kernel):
+            patch.setattr(*fault)
+            run(each, grid, **given)
+
+    monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
     h, states = module(x, hx)
     forward, report = "forward" in kernel, pytest.raises(RuntimeError, match=rf"{kernel} timed out at step \d")
     if forward:

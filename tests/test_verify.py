@@ -145,14 +145,10 @@ def test_a_call_without_features_is_verified_by_one_that_has_some(pass_):
     assert _verify(PLAIN, pass_, given=launch.call_of(PLAIN, CPU)[1].inputs) is None
 
 
-@pytest.mark.parametrize("fault", [  # faults that the table of test_faults.py does not have
-    "peepholes in another order", "resets ignored", "lengths ignored", "zeros for the state given",
-    "GRU: r and z swapped", "GRU: dm lost", "sLSTM: half of l", "sLSTM: dl lost"])  # fmt: skip
+@pytest.mark.parametrize("fault", ["sLSTM: half of l", "sLSTM: dl lost"])
 def test_a_wrong_kernel_is_found(monkeypatch, fault):
-    problem = PLAIN._replace(**RAGGED, reverse=True, reset_c="state given" in fault,
-                             weight_peephole=":" not in fault)  # fmt: skip
-    if ":" in fault:
-        problem = problem._replace(**(OF_GRU if "GRU" in fault else dict(cell="slstm")))
+    """test_faults.py has faults of other cells, and test_numba_faults.py of all options."""
+    problem = PLAIN._replace(**RAGGED, reverse=True, cell="slstm")
     plant(monkeypatch, fault)
     text = r"failed its verification on cpu: the RMS error of .* where .* is allowed.*report"
     with pytest.warns(UserWarning, match=text):

@@ -213,12 +213,6 @@ def test_torchs_names_may_stand_for_ours(monkeypatch):
     assert refusals(ours_of("reference"), *AS_TORCH) == expected
 
 
-def test_the_table_names_all_that_is_public_and_no_call_twice():
-    calls = [call for _, *calls in CALLS for call in calls]
-    assert len(calls) == len(set(calls))
-    assert set(gpu_lstm.__all__) <= set(re.findall(r"\w+", " ".join(calls).replace("lstm_layer", "functional")))
-
-
 # Arguments of the constructors that torch's constructors refuse, too
 OF_LSTM = dict(
     dropout=(1.5, True, "0.5", None), bias=(1,), batch_first=(1,), input_size=(3.0, 0), hidden_size=(0, -1, None),

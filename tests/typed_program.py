@@ -30,15 +30,15 @@ class Tagger(nn.Module):
 def shape(backend: BackendName) -> torch.Size:
     x, lengths = torch.randn(5, 3, 6), torch.tensor([5, 0, 4])
     lstm, stack = gpu_lstm.LSTM(6, 8, num_layers=2), gpu_lstm.StackedLSTM(6, [4, 5], backend=backend)
-    output, (h, c) = lstm(x, resets=gpu_lstm.resets_from_dones(torch.zeros(5, 3, dtype=torch.bool)))
-    output, (h, c) = lstm(x, (h, c), lengths=lengths)
+    zeros = x.new_zeros(2, 3, 8)
+    output, (h, c) = lstm(x, (zeros, zeros), lengths=lengths)
     stacked, states = stack(x, [(x.new_zeros(3, n), x.new_zeros(3, n)) for n in stack.hidden_sizes])
-    stacked, [(h1, c1), (h2, c2)] = stack(x, resets=x[..., 0] > 0, reset_states=states)
+    stacked, [(h1, _), (_, c2)] = stack(x, resets=x[..., 0] > 0, reset_states=states)
     stream = gpu_lstm.Stream(lstm, batch=3)
     step = stream(x[0], active=lengths > 0)
     stream.reorder(lengths.clamp(max=2))
     stream.state = stream.state
-    return torch.cat([each.flatten() for each in (output, h, c, stacked, h1, c1, h2, c2, step)]).shape
+    return torch.stack([each.sum() for each in (output, h, c, stacked, h1, c2, step)]).shape
 
 
 def types_of_calls(x: Tensor, packed: PackedSequence) -> None:
