@@ -69,8 +69,8 @@ class Layer:
         With `save`, the activated gates overwrite `gates`. With a projection, the gates of every sequence's first step
         may be overwritten in any case.
 
-        If `multiplies_x` is true, and `is_product_alone` is true for the inputs, the loop itself computes the gates from
-        r.inputs.x. Then `gates` is uninitialised memory with `save`, and x [T, B, I] without.
+        If `multiplies_x` and `is_product_alone` are both true, the loop itself computes the gates from r.inputs.x. Then
+        `gates` is uninitialised memory with `save`, and x [T, B, I] without.
 
         Raises:
             RuntimeError: an earlier launch timed out, or no kernel can run the problem.
