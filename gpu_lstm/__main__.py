@@ -77,7 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, MemoryError, RuntimeError, UserWarning) as error:
         print(str(error) or "memory is full", file=sys.stderr)
         return 1
-    print(json.dumps(as_json, indent=2) if options.json else text)
+    try:
+        print(json.dumps(as_json, indent=2) if options.json else text, flush=True)
+    except BrokenPipeError:  # the reader, such as head, has read enough; at exit Python would write to it again
+        os._exit(0)
     return 0
 
 

@@ -48,6 +48,15 @@ def folders() -> tuple[Path, ...]:
     return tuple(Path(path) for path in (os.environ.get(SHARED), folder()) if path)
 
 
+def made_folder(*names: str) -> Path:
+    """Return a folder inside the user's own, and make it if it is missing. Raise an OSError if that fails."""
+    if (path := folder()) is None:
+        raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
+    for name in ("", *names):
+        (path := path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
 @functools.cache
 def machine(device: torch.device) -> Key:
     """Return the facts about a device that all results depend on. `contract.machine_of` adds facts about a backend."""
@@ -112,25 +121,19 @@ def read(kind: str, key: Key) -> Any:
 
 def write(kind: str, key: Key, value: Any, lock: contextlib.ExitStack | None = None) -> None:
     """Write a result. With `lock`, its file is locked, and nobody reads it, until the block of `lock` ends."""
-    ours = folder()
     try:
-        if ours is None:
-            raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
-        for path in (ours, ours / kind):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        made = made_folder(kind)
         with contextlib.ExitStack() as own:
             stack = lock or own
-            file = stack.enter_context(
-                tempfile.NamedTemporaryFile("w", dir=ours / kind, suffix=".unfinished", delete=False)
-            )
-            stack.callback(Path(file.name).unlink, missing_ok=True)
+            file = stack.enter_context(tempfile.NamedTemporaryFile("w", dir=made, suffix=".unfinished", delete=False))
+            stack.callback((path := Path(file.name)).unlink, missing_ok=True)
             json.dump({"key": key, "value": value}, file, indent=1)
             file.flush()
             if lock is None:
                 file.close()
             else:
                 fcntl.flock(file, fcntl.LOCK_EX)
-            Path(file.name).replace(_path(ours, kind, _text(key)))  # in one step, so that no reader gets half a file
+            path.replace(made / _name(_text(key)))  # in one step, so that no reader gets half a file
     except OSError as error:
         warn_of_nothing_kept(error)
     _read.cache_clear()
@@ -166,8 +169,8 @@ def remove(kind: str, key: Key | None = None) -> int:
 
     Broken files are removed, too.
     """
-    names = "*.json" if key is None else _path(Path(), kind, _text(key)).name
-    files = [] if (ours := folder()) is None else list((ours / kind).glob(names))
+    names = "*.json" if key is None else _name(_text(key))
+    files = list((ours / kind).glob(names)) if (ours := folder()) else []
     for file in files:
         file.unlink(missing_ok=True)
     _read.cache_clear()
@@ -203,8 +206,9 @@ def _text(key: Key) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def _path(folder: Path, kind: str, text: str) -> Path:
-    return folder / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+def _name(text: str) -> str:
+    """Return the name of the file of a result, by the text of its key."""
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
 def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | None:
@@ -217,9 +221,10 @@ def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | N
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError as error:
-                if isinstance(error, BlockingIOError):  # the block of a `trial` runs, in this process or another
-                    return None  # with another error, the file system has no locks, so there are no trials
+            except BlockingIOError:  # the block of a `trial` runs, in this process or another
+                return None
+            except OSError:  # the file system has no locks, so there are no trials
+                pass
             entry = json.load(file)  # errors of JSON and Unicode are ValueErrors
         if not _is_valid(kind, entry) or text not in (None, _text(entry["key"])):
             raise ValueError(f"it is not of this kind, or of another key: {entry!r:.300}")
@@ -235,5 +240,5 @@ def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | N
 
 @functools.lru_cache(4096)
 def _read(folders: tuple[Path, ...], kind: str, text: str) -> Any:
-    copies = (_entry(kind, _path(folder, kind, text), text) for folder in folders)
+    copies = (_entry(kind, folder / kind / _name(text), text) for folder in folders)
     return next((entry["value"] for entry in copies if entry), None)

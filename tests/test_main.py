@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from installed import ROOT
 from standing_in import H100, the_cpu_is_a_card, torch_finds
 
 import gpu_lstm
@@ -242,6 +243,16 @@ def test_cached_results_are_listed_those_of_another_version_as_they_are(findings
     decision = {"backend": "torch", "why": "expected", "seconds": None}
     cache.write("races", {"card": "cpu", "triton": "1"}, decision)
     assert f"  cpu, triton 1: {{'card': 'cpu', 'triton': '1'}}: {decision}" in printed_by(capsys, "races")
+
+
+def test_a_reader_who_has_read_enough_causes_no_error():
+    """It runs in another process, whose output nobody reads any more when it is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "gpu_lstm", "races"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_cached_results_are_cleared_and_go_to_another_machine_as_a_folder(findings, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
 from unittest.mock import Mock
 
@@ -139,10 +140,12 @@ def test_what_calls_compile_is_kept():
     for norm in (True, False):
         gpu_lstm.LSTM(3, 4, layer_norm=norm, backend="numba")(torch.randn(9, 2, 3))[0].sum().backward()
     for name in launch.LOOPS:
-        assert build.files_of(build.folder(name), name), name
+        assert build.kept_in(name), name
 
 
 def test_what_can_only_be_read_is_used_and_what_is_damaged_is_compiled_again(fresh, monkeypatch):
+    temporary = fresh.parent / "temporary"
+
     def hits():
         return build.function("little").compiled.cache_hits
 
@@ -150,15 +153,38 @@ def test_what_can_only_be_read_is_used_and_what_is_damaged_is_compiled_again(fre
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         assert hits() == 1
+    temporary.mkdir()
     with monkeypatch.context() as patch:  # somebody else's
         patch.setenv(cache.SHARED, str(fresh))
         patch.setattr(cache, "folder", lambda: None)
+        patch.setattr(tempfile, "tempdir", str(temporary))
         assert hits() == 1
+        assert list(temporary.iterdir()) == []
     for file in fresh.rglob("*.nb[ci]"):
         file.write_bytes(b"")
-    with pytest.warns(UserWarning, match="a compiled loop in .* is damaged, and is compiled again: EOFError"):
+    said = f"a compiled loop in {fresh}/compiled/.* is damaged, and is compiled again: EOFError"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with pytest.warns(UserWarning, match=said):
+            assert hits() == 0
+    cache.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=said):
         assert hits() == 0
     assert [hits(), hits()] == [0, 1]
+
+
+def test_what_cannot_be_copied_is_named_with_the_variable_that_helps_and_is_compiled_and_kept(
+    fresh, monkeypatch, tmp_path
+):
+    build.function("little")
+    monkeypatch.setenv(cache.SHARED, str(fresh))
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path / "own")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "nowhere")])
+    said = f"little loop in {fresh}/compiled/.* cannot be copied: No usable temporary directory .*; TMPDIR names "
+    with pytest.warns(UserWarning, match=said) as caught:
+        assert [build.function("little").compiled.cache_hits for _ in range(2)] == [0, 1]
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize(("fault", "said"), [

@@ -1,6 +1,7 @@
 """docs/production.md: its image, built without docker and without a network, its table of failures, and its logs."""
 
 import fcntl
+import importlib.metadata
 import os
 import pty
 import re
@@ -16,8 +17,11 @@ from installed import ROOT, checkout, empty_environment, run
 
 pytest.importorskip("numba")
 PAGE = (ROOT / "docs/production.md").read_text()
+VERSIONS = (ROOT / "docs/versions.md").read_text()
 (DOCKERFILE,) = re.findall(r"```dockerfile\n(.*?)```", PAGE, flags=re.DOTALL)
 LINES = [line.split(" ", 1) for line in DOCKERFILE.splitlines()]
+SET = dict(rest.split("=") for word, rest in LINES if word == "ENV")
+PINS = dict(re.findall(r"(\w+)==([\d.]+)", DOCKERFILE))
 HIDDEN = int(re.search(r"--hidden (\d+)$", DOCKERFILE, re.MULTILINE)[1])
 # Variables of the tests that these processes do not get.
 NOT_TOLD = "GPU_LSTM_", "XDG_CACHE_HOME", "TRITON_", "NUMBA_", "PYTHON"
@@ -40,7 +44,9 @@ def image(tmp_path_factory) -> Path:
 
 
 def make_image(root: Path) -> None:
-    """Execute each line of the Dockerfile that makes something, with /src and /opt in a folder."""
+    """Execute each line of the Dockerfile that makes something, with /src and /opt in a folder.
+
+    The pinned versions are replaced by the installed ones."""
     shutil.rmtree(root, ignore_errors=True)
     python = empty_environment(root / "python")
     (pip := python.with_name("pip")).write_text(f'#!/bin/sh\nexec {python} -m pip "$@"\n')
@@ -48,8 +54,14 @@ def make_image(root: Path) -> None:
     assert ["COPY", "gpu_lstm /src"] in LINES
     checkout(root / "src")
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_ROOT_USER_ACTION": "ignore", "HOME": str(root)}
-    path = {"PATH": f"{python.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    for line in [rest for word, rest in LINES if word == "RUN"]:
+    path = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    for word, line in LINES:
+        if word == "ENV":
+            path |= [line.split("=")]
+        if word != "RUN":
+            continue
+        for name, version in PINS.items():
+            line = line.replace(f"{name}=={version}", f"{name}=={importlib.metadata.version(name)}")
         done = run(["sh", "-ec", re.sub(r"(?<![\w/])/(?=src|opt)", f"{root}/", line)], cwd=root, env=offline | path)
         assert "gpu_lstm compile" not in line or not done.stderr, done.stderr
 
@@ -90,11 +102,10 @@ FIRST_CALLS = """
 
 def test_in_the_image_a_first_training_and_a_first_inference_compile_and_verify_nothing(image):
     """The user has no home, and cannot write to the folder."""
-    (shared,) = [rest.split("=")[1] for word, rest in LINES if word == "ENV"]
-    folder = Path(f"{image}{shared}")
+    folder = Path(f"{image}{SET['GPU_LSTM_SHARED_CACHE']}")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in before)
-    serving = dict(GPU_LSTM_SHARED_CACHE=str(folder), HOME="/nonexistent", PYTHONPATH=None)
+    serving = SET | dict(GPU_LSTM_SHARED_CACHE=str(folder), HOME="/nonexistent", PYTHONPATH=None)
     done = in_process(FIRST_CALLS, str(HIDDEN), python=image / "python/bin/python", **serving)
     assert (done.returncode, done.stdout) == (0, "[1, 1]\n"), done.stderr
     assert "compiles" not in done.stderr
@@ -114,9 +125,10 @@ def test_a_size_that_was_not_named_is_verified_at_its_first_call(image, tmp_path
 
 def rows() -> dict[str, list[str]]:
     """Return the rows of the table of failures, by words that tell them apart."""
-    table = PAGE.split("## Five failures")[1].split("\n## ")[0]
+    table = PAGE.split("## Failures")[1].split("\n## ")[0]
     found = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
-    return dict(zip(("Numba", "kept", "another", "wrong", "memory"), found, strict=True))
+    names = "Numba", "kept", "unwritable", "copied", "another", "wrong", "memory"
+    return dict(zip(names, found, strict=True))
 
 
 def quoted(cell: str) -> list[str]:
@@ -138,24 +150,39 @@ import gpu_lstm.kernels.numba_rnn.launch
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)
 """
+KILLED = """
+import os
+from gpu_lstm.verification import verify
+if os.fork():
+    os.wait()
+else:
+    verify._verdict = lambda *_: os.kill(os.getpid(), 15)
+"""  # a child runs the program before its parent does
+NO_TEMPORARY = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"  # no file can be written
 # Larger files cannot be written.
 FULL_DISK = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="as Linux has it")
 
 
-@pytest.mark.parametrize(("row", "fault", "words", "cache"), [
-    ("Numba", NO_NUMBA, [], "new"), pytest.param("kept", "", [], "/sys", marks=LINUX), ("kept", "", [], "a file"),
-    ("kept", FULL_DISK, [], "new"), ("wrong", WRONG, ["--hidden", "7"], "image"),
-    ("wrong", SLIGHTLY_WRONG, ["--hidden", "7"], "image"),
-    pytest.param("memory", MEMORY, ["--hidden", "3000"], "image", marks=LINUX),
+@pytest.mark.parametrize(("row", "fault", "words", "cache", "found"), [
+    ("Numba", NO_NUMBA, [], "new", 1), pytest.param("kept", "", [], "/sys", 1, marks=LINUX),
+    ("kept", "", [], "a file", 1), ("kept", FULL_DISK, [], "new", 1),
+    pytest.param("unwritable", "", ["--hidden", "4"], "shared", 1, marks=LINUX),
+    ("copied", NO_TEMPORARY, [], "shared", 2), ("wrong", WRONG, ["--hidden", "7"], "image", 1),
+    ("wrong", SLIGHTLY_WRONG, ["--hidden", "5"], "image", 1),
+    ("wrong", KILLED, ["--hidden", "6"], "image", 3),
+    pytest.param("memory", MEMORY, ["--hidden", "3000"], "image", 1, marks=LINUX),
 ])  # fmt: skip
-def test_compile_says_in_one_line_what_failed_as_the_table_has_it(image, tmp_path, row, fault, words, cache):
-    (tmp_path / "a file").touch()
-    folders = {"new": tmp_path, "/sys": Path("/sys"), "a file": tmp_path / "a file", "image": image / "opt"}
-    done = in_process(f"{fault}main()", "compile", "--cells", "gru", *words, XDG_CACHE_HOME=str(folders[cache]))
+def test_compile_says_in_one_line_what_failed_as_the_table_has_it(image, tmp_path, row, fault, words, cache, found):
+    """`found` of the quotations in the table are in the line."""
+    (file := tmp_path / "a file").touch()
+    folders = {"new": tmp_path, "a file": file, "image": image / "opt"}
+    told = {"GPU_LSTM_SHARED_CACHE": str(image / "opt/gpu_lstm")} if cache == "shared" else {}
+    told["XDG_CACHE_HOME"] = str(folders.get(cache, "/sys"))
+    done = in_process(f"{fault}main()", "compile", "--cells", "gru", *words, **told)
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     (line,) = done.stderr.splitlines()
-    assert any(text in line for text in quoted(rows()[row][1])), line
+    assert sum(text in line for text in quoted(rows()[row][1])) == found, line
     assert not list(tmp_path.rglob("*.nb?")), "half of it is not kept"
 
 
@@ -165,7 +192,8 @@ AT_INFO = "import logging\nlogging.basicConfig(level='INFO')\n"
 
 @pytest.mark.parametrize(("row", "fault", "backend", "fails"), [
     ("Numba", NO_NUMBA, None, False), ("Numba", NO_NUMBA, "numba", True), ("another", ANOTHER_CPU, "numba", False),
-    ("wrong", WRONG, None, True), ("wrong", WRONG, "numba", True),
+    pytest.param("unwritable", "", None, True, marks=LINUX), ("copied", NO_TEMPORARY, None, True),
+    ("wrong", KILLED, "numba", True), ("wrong", WRONG, None, True), ("wrong", WRONG, "numba", True),
 ])  # fmt: skip
 def test_a_process_says_what_the_table_has(image, tmp_path, row, fault, backend, fails):
     """A warning is an error here. A stand-in, which computes nothing, replaces the loop that another CPU has to
@@ -174,7 +202,8 @@ def test_a_process_says_what_the_table_has(image, tmp_path, row, fault, backend,
         fault += "from gpu_lstm.kernels.numba_rnn import build\nfrom gpu_lstm.verification import verify\n"
         fault += "build.compile_in = lambda *_: build.numba.cfunc('void(intp)')(lambda address: None)\n"
         fault += "verify._verdict = lambda *_: 'right'\n"
-    shared = dict(GPU_LSTM_SHARED_CACHE=str(image / "opt/gpu_lstm"), XDG_CACHE_HOME=str(tmp_path))
+    cache = "/sys" if row == "unwritable" else tmp_path
+    shared = dict(GPU_LSTM_SHARED_CACHE=str(image / "opt/gpu_lstm"), XDG_CACHE_HOME=str(cache))
     done = in_process(AT_INFO + fault + CALL.format(repr(backend)), **shared)
     assert (done.returncode != 0) == fails, done.stderr
     said = quoted(rows()[row][1 if row != "another" else 2])
@@ -235,10 +264,37 @@ def test_before_it_compiles_one_line_tells_whoever_waits_at_a_terminal(tmp_path)
         assert (done.returncode, done.stderr) == (0, lines)
 
 
-def test_the_example_of_the_logs_writes_what_it_says(tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    code, _, comment = example.rpartition("# ")
-    assert in_process(code, XDG_CACHE_HOME=str(tmp_path)).stderr == comment
+def test_the_examples_write_the_lines_that_they_show(tmp_path):
+    code = "".join(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL))
+    lines = re.findall("^# (INFO:.*\n)", code, flags=re.MULTILINE)
+    assert len(lines) == 3
+    assert in_process(code, XDG_CACHE_HOME=str(tmp_path)).stderr == "".join(lines)
+
+
+LOOPS_WIN = """
+from gpu_lstm.dispatch import race
+race.race = lambda rivals, now: {name: [1.0 + (name == "torch")] * 4 for name in rivals}
+"""  # the rule would choose torch's own
+ONE_CALL = f"import torch, gpu_lstm\ntorch.no_grad().__enter__()\ngpu_lstm.LSTM(3, {HIDDEN})(torch.randn(20, 2, 3))\n"
+
+
+def test_races_that_one_process_has_run_decide_in_the_image_for_the_same_number_of_threads(image, tmp_path):
+    """The commands of the page run the race."""
+    (commands,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
+    folder = re.search(r"Copy `/races/(\S+)`\s+to `/opt/gpu_lstm/races`", PAGE)[1]
+    (tmp_path / "warm_up.py").write_text(LOOPS_WIN + ONE_CALL)
+    shared = {"GPU_LSTM_SHARED_CACHE": str(image / "opt/gpu_lstm")}
+    commands = commands.replace("/races", f"{tmp_path}/races").replace("python", str(image / "python/bin/python"))
+    done = run(["sh", "-ec", commands], cwd=tmp_path, env=OF_TESTS | shared | SET | shared)
+    assert re.search(rf"^races: 1\n.*LSTM 3 -> {HIDDEN}, .*: numba: won a race, 2.00 times", done.stdout)
+    shutil.copytree(image / "opt/gpu_lstm", tmp_path / "gpu_lstm")
+    shutil.copytree(tmp_path / "races" / folder, tmp_path / "gpu_lstm/races")
+    for mode, threads, said in (("read", 1, "numba: won a race"), ("read", 2, "torch: exp"), ("off", 1, "torch: exp")):
+        told = {"GPU_LSTM_RACE": mode, "OMP_NUM_THREADS": str(threads), "XDG_CACHE_HOME": str(tmp_path / "own")}
+        told["GPU_LSTM_SHARED_CACHE"] = str(tmp_path / "gpu_lstm")
+        done = in_process(f"{AT_INFO}{LOOPS_WIN}race.race = None\n{ONE_CALL}", **told)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stderr, done.stderr
 
 
 def test_a_full_memory_is_no_damage(image, tmp_path):
@@ -269,6 +325,8 @@ EXPORTED = """
     theirs = torch.nn.GRU(3, 9).requires_grad_(False)
     theirs.load_state_dict(gru.state_dict())
     torch.save((x, theirs(x)), f"{sys.argv[1]}/expected")
+    with gpu_lstm.backend("torch"):
+        torch.export.save(torch.export.export(gru, (x,)), f"{sys.argv[1]}/way back.pt2")
 """
 SERVED = """
     import torch, gpu_lstm, warnings
@@ -293,3 +351,16 @@ def test_an_export_binds_the_name_of_a_backend_and_runs_where_that_cannot(image,
     assert (done.returncode, does_without("numba") in done.stderr) == (1, False), done.stderr
     assert f"{does_without('triton')}backend 'triton' runs " in done.stderr
     assert "RuntimeError: backend 'triton' runs on CUDA tensors, got cpu" in done.stderr
+    # The variable changes no program, and no line names a backend.
+    back = here | {"GPU_LSTM_BACKEND": "torch"}
+    programs = (NO_NUMBA, "auto numba", True), (NO_NUMBA, "way back", False), ("", "auto numba", False)
+    for fault, name, warned in programs:
+        done = in_process(AT_INFO + fault + textwrap.dedent(SERVED), str(tmp_path), name, **back)
+        assert (done.returncode, does_without("numba") in done.stderr) == (0, warned), done.stderr
+        assert ("INFO:gpu_lstm" in done.stderr, bool(done.stderr)) == (False, warned)
+
+
+def test_the_pinned_versions_are_those_with_which_all_tests_ran():
+    rows = re.findall(r"\| ([\d.]+) \| [\d.]+; Numba ([\d.]+) \| ([\d.]+) \| run, all tests", VERSIONS)
+    (python,) = re.findall(r"^FROM python:([\d.]+)-slim$", DOCKERFILE, re.MULTILINE)
+    assert rows == [(PINS["torch"], PINS["numba"], python)]

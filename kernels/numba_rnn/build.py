@@ -1,5 +1,6 @@
 """Compile the functions of steps.py for this CPU when they are first needed, keep them on disk, and call them."""
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -24,18 +25,22 @@ logger = logging.getLogger("gpu_lstm")
 PROCESS = os.getpid()
 
 
-def folder(name: str) -> Path:
-    """Return the folder that has a compiled function, or else the folder to keep it in. Raise an OSError if none."""
-    ours, digest = cache.folder(), name_of_folder()
-    path = ours and ours / "compiled" / digest
+def folder(name: str, copies: contextlib.ExitStack) -> Path:
+    """Return the folder that has a compiled function, or else the folder to keep it in. Raise an OSError if none.
+
+    Numba reads no folder that it cannot write to. Such a folder is copied to a temporary one, which `copies` removes.
+    """
+    digest = name_of_folder()
     for root in cache.folders():
-        if files_of(found := root / "compiled" / digest, name):
-            # Numba reads no folder that it cannot write to.
-            return found if found == path and os.access(found, os.W_OK) else Path(copied(found).name)
-    if ours is None or path is None:
-        raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
-    for each in (ours, path.parent, path):
-        each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if files := files_of(found := root / "compiled" / digest, name):
+            if root == cache.folder() and os.access(found, os.W_OK):
+                return found
+            try:
+                return copied(files, copies)
+            except OSError as error:
+                what = f"the compiled {name} loop in {found} cannot be copied"
+                cache.warn_once(f"{what}: {error.strerror}; TMPDIR names another place")
+    path = cache.made_folder("compiled", digest)
     if not os.access(path, os.W_OK):
         raise PermissionError(f"{path} is read-only")
     return path
@@ -59,14 +64,12 @@ def files_of(path: Path, name: str) -> list[Path]:
     return list(path.rglob(f"*.{name}-*.nb?"))
 
 
-@functools.cache
-def copied(path: Path) -> tempfile.TemporaryDirectory[str]:
-    """Return a temporary copy of a folder, for this process."""
-    copy = tempfile.TemporaryDirectory(prefix="gpu_lstm-")
-    for file in path.rglob("*.*"):
-        target = copy.name / file.relative_to(path)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy2(file, target)
+def copied(files: list[Path], copies: contextlib.ExitStack) -> Path:
+    """Return a temporary folder with copies of the files of a compiled function. `copies` removes it."""
+    copy = Path(copies.enter_context(tempfile.TemporaryDirectory(prefix="gpu_lstm-")))
+    (kept := copy / "__pycache__").mkdir()
+    for file in files:
+        shutil.copy2(file, kept)
     return copy
 
 
@@ -76,30 +79,34 @@ def function(name: str) -> Callable[[int], None]:
 
     If Numba cannot compile it, a RuntimeError has Numba's reason and the line of the source.
     """
-    path, kept, not_kept = None, [], f"the compiled {name} loop is not kept"
-    try:
-        path = folder(name)
-        kept = files_of(Path(numba.config.CACHE_DIR or path), name)
-    except OSError as error:
-        cache.warn_of_nothing_kept(error, not_kept)
-    if not kept:
-        level = logging.WARNING if os.isatty(2) else logging.INFO  # somebody may wait at the terminal
-        logger.log(level, "gpu_lstm compiles its %s loop for this CPU, once, in 5 to 10 seconds%s", name, of_others())
-    try:
-        compiled = compile_in(path, name)
-    except numba.core.errors.NumbaError as error:
-        raise RuntimeError(f"Numba {numba.__version__} cannot compile the {name} loop: {last_frame(error)}") from error
-    except Exception as error:  # Numba documents no errors for a damaged file or a full disk
-        if path is None or isinstance(error, MemoryError):
-            raise
-        for each in files_of(Path(numba.config.CACHE_DIR or path), name):  # so that the next process keeps it again
-            each.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+    path, not_kept = None, f"the compiled {name} loop is not kept"
+    with contextlib.ExitStack() as copies:
+        try:
+            path = folder(name, copies)
+        except OSError as error:
             cache.warn_of_nothing_kept(error, not_kept)
-        else:
-            what = f"a compiled loop in {path} is damaged, and is compiled again"
-            cache.warn_once(f"{what}: {type(error).__name__}: {error}")
-        compiled = compile_in(None, name)
+        if not (path and files_of(Path(numba.config.CACHE_DIR or path), name)):
+            level = logging.WARNING if os.isatty(2) else logging.INFO  # somebody may wait at the terminal
+            logger.log(
+                level, "gpu_lstm compiles its %s loop for this CPU, once, in 5 to 10 seconds%s", name, of_others()
+            )
+        try:
+            compiled = compile_in(path, name)
+        except numba.core.errors.NumbaError as error:
+            raise RuntimeError(
+                f"Numba {numba.__version__} cannot compile the {name} loop: {last_frame(error)}"
+            ) from error
+        except Exception as error:  # Numba documents no errors for a damaged file or a full disk
+            if path is None or isinstance(error, MemoryError):
+                raise
+            for each in files_of(Path(numba.config.CACHE_DIR or path), name):  # so that the next process keeps it again
+                each.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                cache.warn_of_nothing_kept(error, not_kept)
+            else:
+                what = f"a compiled loop in {kept_in(name) or path} is damaged, and is compiled again"
+                cache.warn_once(f"{what}: {type(error).__name__}: {error}")
+            compiled = compile_in(None, name)
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
     function.compiled = compiled  # a reference, so that its machine code is not freed
     return function
