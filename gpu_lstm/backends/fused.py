@@ -29,7 +29,9 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
     i, c0, problem = inputs, inputs.c0, layer.problem
     if layer.multiplies_x and is_product_alone(i):
         i = i._replace(x=aligned(i.x))
-        gates = i.x.new_empty(*i.x.shape[:2], 4 * problem.hidden) if save else i.x
+        gates = i.x
+        if save:  # the activated gates overwrite the tensor
+            gates = i.x.clone() if i.weight_ih is None else i.x.new_empty(*i.x.shape[:2], 4 * problem.hidden)
     else:
         gates = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
     if i.reset_h is not None:  # the loop starts a reset step from h = 0, so W_hh h is added here
