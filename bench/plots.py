@@ -53,7 +53,7 @@ def instead(rows: pd.DataFrame) -> Figure | None:
         if len(its):
             axes.plot(its["ratio"], its["case"].map(places), MARKERS[n], color=f"C{n}", label=column)
     axes.set_yticks(range(len(cases)), [report.sizes(case, base) for case in cases["object"]])
-    axes.set(xscale="log", xlabel="the workaround's time, divided by the time of one call")
+    axes.set(xscale="log", xlabel="the workaround's time over one call's")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
