@@ -429,7 +429,7 @@ def test_sentences_on_speed_have_the_stored_results():
     stream = longer(acting["Stream us"], acting["module us"])
     both, few, many = ("LSTM", "GRU"), (2, 8, "Stream"), (64, 4096, "Stream")
     for text, said in (
-        (page, "A GRU's rollout takes {:.2f} to {:.2f} of the time with `nn.GRU`".format(*share.agg(["min", "max"]))),
+        (page, "a GRU's rollout takes {:.2f} to {:.2f} of the time with `nn.GRU`".format(*share.agg(["min", "max"]))),
         (page, f"`Stream` takes {stream} the module"), (streaming, f"`Stream` takes {stream} a call of its module"),
         (page, f"the module is {span(both, 64, 4096, 'module', False, True)} times as fast"),
         (streaming, f"an LSTM's stream is {span(['LSTM'], *few, False)} times as fast as `nn.LSTM` without resets"),
