@@ -70,7 +70,8 @@ class Layer:
         may be overwritten in any case.
 
         If `multiplies_x` and `is_product_alone` are both true, the loop itself computes the gates from r.inputs.x. Then
-        `gates` is uninitialised memory with `save`, and x [T, B, I] without.
+        `gates` is uninitialised memory with `save`, and x [T, B, I] without. If there is no weight_ih, it is x or a
+        copy of x.
 
         Raises:
             RuntimeError: an earlier launch timed out, or no kernel can run the problem.
