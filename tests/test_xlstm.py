@@ -267,7 +267,7 @@ def from_the_page(begin, kind="python"):
 
 def test_the_page_turns_a_model_of_cuda_cells_into_a_model_of_vanilla_cells(tmp_path, monkeypatch):
     config = model_of_xlstm().config
-    names = dict(torch=torch, xlstm=importlib.import_module("xlstm"), config=config)
+    names = dict(torch=torch, xlstm=importlib.import_module("xlstm"), gpu_lstm=gpu_lstm, config=config)
     # Otherwise a cell would call nvcc.
     monkeypatch.setattr(importlib.import_module(CELLS), "sLSTMCellFuncGenerator", lambda *given: None)
     config.slstm_block.slstm.backend = "cuda"
