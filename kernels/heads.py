@@ -38,8 +38,9 @@ def gradient_of_h(dz: Tensor, weight: Tensor, width: int) -> Tensor:
 
 def gradient_of_weight(dz: Tensor, h: Tensor, heads: int) -> Tensor:
     """Return dW_hh [GATES H, D] for dz [GATES H, T*B] and h [T*B, H]."""
-    h = h.unflatten(-1, (heads, -1))  # [T*B, heads, D]
-    return torch.einsum("gndr,rne->gnde", dz.unflatten(0, (-1, heads, h.shape[-1])), h).flatten(0, 2)
+    h = h.unflatten(-1, (heads, -1)).transpose(0, 1)  # [heads, T*B, D]
+    dz = dz.unflatten(0, (-1, h.shape[2]))  # [GATES heads, D, T*B]
+    return torch.bmm(dz, h.repeat(len(dz) // heads, 1, 1)).flatten(0, 1)
 
 
 def dense(weight: Tensor, width: int) -> Tensor:

@@ -238,12 +238,42 @@ def by_rows(x, x_stride, weight, weight_stride, out, out_stride, count, K, N, sc
                         floats(to)[r * out_stride + j] = sum_
 
 
+@emitted(4)
+def transpose(e: Emit, weight: Any, weight_stride: Any, panel: Any, wide: Any) -> None:
+    """panel [LANES, LANES] = weight [LANES, LANES]^T. Rows are `wide` and weight_stride elements apart."""
+    rows, size = [e.load(e.at(weight, e.builder.mul(weight_stride, INDEX(r)))) for r in range(LANES)], 1
+    while size < LANES:  # blocks of `size` lanes and rows are exchanged across the diagonal
+        low = [lane if lane & size == 0 else lane - size + LANES for lane in range(LANES)]
+        high = [lane + size if lane & size == 0 else lane + LANES for lane in range(LANES)]
+        rows = [e.shuffle(rows[r & ~size], rows[r | size], high if r & size else low) for r in range(LANES)]
+        size *= 2
+    for r, row in enumerate(rows):
+        e.store(row, e.at(panel, e.builder.mul(wide, INDEX(r))))
+
+
+@compiled
+def into_rows(weight, stride_k, stride_n, rows, wide, K, N, columns):
+    """Copy a weight [K, N] with these strides into rows of `columns` numbers, `wide` elements apart, with zeros past N."""
+    w, out = floats(weight), floats(rows)
+    for k in range(K):
+        for j in range(columns):
+            out[k * wide + j] = w[k * stride_k + j * stride_n] if j < N else ZERO
+
+
 @compiled
 def into_panels(weight, stride_k, stride_n, panels, K, N):
     """Copy a weight [K, N] with these strides into panels for `by_panels`, with zeros past N."""
-    w, out = floats(weight), floats(panels)
     for n in range(0, N, PANEL):
         wide = min(PANEL, vectors_of(N - n))
-        for k in range(K):
-            for j in range(wide):
-                out[n * K + k * wide + j] = w[k * stride_k + (n + j) * stride_n] if n + j < N else ZERO
+        at, panel = weight + SIZE * n * stride_n, panels + SIZE * n * K
+        if stride_k != 1:
+            into_rows(at, stride_k, stride_n, panel, wide, K, N - n, wide)
+            continue
+        for k in range(0, K, LANES):
+            for j in range(0, wide, LANES):
+                rows, columns = min(LANES, K - k), min(LANES, N - n - j)
+                given, to = at + SIZE * (k + j * stride_n), panel + SIZE * (k * wide + j)
+                if rows == columns == LANES:
+                    transpose((given, stride_n, to, wide))
+                else:
+                    into_rows(given, 1, stride_n, to, wide, rows, columns, LANES)
