@@ -25,7 +25,7 @@ from .tile import SIZE
 
 BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
-TENSORS = frozenset(record.TENSORS)
+FIELDS = {f"{name}{end}": name for name in record.TENSORS for end in ("", "_ptr")}
 STOPS = "zcmh"  # the names in by_steps.Part, in the order of record.STOPS
 # The tensors that the loop reads in a plain inference, see `inference_of`.
 PLAIN = {"h0", "c0", "weight_hh", "bias_hh", "resets", "lengths"}
@@ -40,8 +40,8 @@ CODES = dict(zip(("lstm", "gru", "slstm"), equations.CELLS))
 def put(call: Any, arguments: dict[str, Any]) -> Any:
     """Write the addresses of tensors, given by the names of pointers, into a record.CALL. Skip all others."""
     for name, t in arguments.items():
-        if isinstance(t, Tensor) and (field := name.removesuffix("_ptr")) in TENSORS:
-            call[field] = t.data_ptr()
+        if t is not None and name in FIELDS:
+            call[FIELDS[name]] = t.data_ptr()
     return call
 
 
@@ -152,7 +152,8 @@ def run_all(p: Problem, backward: bool, trial: bool, arguments: dict[str, Any]) 
     if panels:  # one thread copies the weights, before the others start
         given["panels"], call["makes_panels"] = torch.empty(panels, device="cpu"), True
         weight = arranged(arguments["weight_hh_ptr"], p.width)  # [heads, D, GATES D], or of one head [GATES D, D]
-        launch(LOOPS[backward], call, given | {"weight_hh_ptr": weight})
+        of_x = {name: given.get(name) for name in ("panels", "x_ptr", "weight_ih_ptr")}
+        launch(LOOPS[backward], call, of_x | {"weight_hh_ptr": weight})
         call["makes_panels"] = False
     launch(LOOPS[backward], call, given, count)
 
