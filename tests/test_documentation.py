@@ -121,6 +121,25 @@ def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_resu
         assert f"| {row.cell}, {row.H} | {row.N} | {parts} |" in learning
 
 
+def test_the_speeds_of_the_slstm_are_those_of_the_stored_results():
+    page = " ".join((DOCS / "slstm.md").read_text().split())
+    for file, machine, batches in (("amd-epyc", "AMD EPYC", (16, 1)), ("intel-xeon", "Intel Xeon", (16,))):
+        rows = results.read(ROOT / "bench" / "results" / f"{file}-1-thread.csv")
+        its = rows[(rows["cell"] == "slstm") & (rows["provider"] == "xlstm-vanilla")]
+        for batch in batches:
+            cells = []
+            for mode in ("training", "forward"):
+                row = its[(its["batch"] == batch) & (its["mode"] == mode)].iloc[0]
+                low_and_high = f"{row['over_ours_low']:#.3g}-{row['over_ours_high']:#.3g}"
+                cells.append(f"{row['over_ours']:#.3g} ({low_and_high})")
+            assert f"| {machine}, 1 thread | {batch} | {' | '.join(cells)} |" in page
+    models = pd.read_csv(CPU / "models.csv")
+    stack = models[(models["model"] == "xLSTM stack") & models["device"].str.endswith("1 thread")]
+    training, inference = (stack[stack["pass"] == each]["times as fast"].item() for each in ("training", "inference"))
+    assert f"trains {training:.2f} times as fast after" in page
+    assert f"runs inference {inference:.2f} times as fast" in page
+
+
 def test_the_choices_on_a_cpu_waste_little_and_are_nowhere_much_slower_than_torchs_own():
     rows, page = pd.read_csv(CPU / "choices.csv"), (DOCS / "benchmarks.md").read_text()
     loops = rows["chosen"] == "numba"
