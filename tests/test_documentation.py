@@ -105,6 +105,13 @@ def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_resu
         assert re.search(
             rf"\| {begin}[^|]* \| {digits(by_model.get_group(name)[:2])} \|".replace(" | ", r" \| "), readme
         )
+    shown = models["model"].isin([*OF_README_MODELS.values()])
+    rest = models[models["device"].str.endswith("1 thread") & ~shown]
+    low, high = (rest.groupby("pass")["times as fast"].agg(each) for each in ("min", "max"))
+    training, inference = (f"{low[each]:.2f} to {high[each]:.2f}" for each in ("training", "inference"))
+    assert rest["model"].nunique() == 4
+    said = f"The other four models are {training} times as fast in training, and {inference} times in inference."
+    assert said in " ".join(readme.split())
     one_thread = acting[acting["device"].str.endswith("1 thread")]
     for (cell, count), its in one_thread.groupby(["cell", "N"]):
         cells = [f"{row[4]:,.0f} | {digits(row[7:9])}" for row in its.itertuples(index=False)]
@@ -112,6 +119,25 @@ def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_resu
     for row in ppo.itertuples(index=False):
         parts = digits((row[6], row[10] / row[11], row[12]))
         assert f"| {row.cell}, {row.H} | {row.N} | {parts} |" in learning
+
+
+def test_the_speeds_of_the_slstm_are_those_of_the_stored_results():
+    page = " ".join((DOCS / "slstm.md").read_text().split())
+    for file, machine, batches in (("amd-epyc", "AMD EPYC", (16, 1)), ("intel-xeon", "Intel Xeon", (16,))):
+        rows = results.read(ROOT / "bench" / "results" / f"{file}-1-thread.csv")
+        its = rows[(rows["cell"] == "slstm") & (rows["provider"] == "xlstm-vanilla")]
+        for batch in batches:
+            cells = []
+            for mode in ("training", "forward"):
+                row = its[(its["batch"] == batch) & (its["mode"] == mode)].iloc[0]
+                low_and_high = f"{row['over_ours_low']:#.3g}-{row['over_ours_high']:#.3g}"
+                cells.append(f"{row['over_ours']:#.3g} ({low_and_high})")
+            assert f"| {machine}, 1 thread | {batch} | {' | '.join(cells)} |" in page
+    models = pd.read_csv(CPU / "models.csv")
+    stack = models[(models["model"] == "xLSTM stack") & models["device"].str.endswith("1 thread")]
+    training, inference = (stack[stack["pass"] == each]["times as fast"].item() for each in ("training", "inference"))
+    assert f"trains {training:.2f} times as fast after" in page
+    assert f"runs inference {inference:.2f} times as fast" in page
 
 
 def test_the_choices_on_a_cpu_waste_little_and_are_nowhere_much_slower_than_torchs_own():
@@ -144,8 +170,9 @@ OF_README = {  # how a row of the README begins, its case, and its rival
 def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_those_of_the_pages():
     readme, stored = (ROOT / "README.md").read_text(), ROOT / "bench" / "results" / "amd-epyc-1-thread.csv"
     cases = report.measured(results.read(stored)).set_index(["case", "provider"])["over_ours"]
-    ppo = pd.read_csv(CPU / "ppo.csv").query("cell == 'LSTM' and N == 8 and H == 128")["times as fast"]
-    rows = {**cases, OF_README["update an LSTM by recurrent PPO, with 8 environments"]: ppo.item()}
+    ppo = pd.read_csv(CPU / "ppo.csv").query("cell == 'LSTM' and N == 8 and H == 128")
+    update, iteration = (ppo[name].item() for name in ("times as fast", "iteration, times as fast"))
+    rows = {**cases, OF_README["update an LSTM by recurrent PPO, with 8 environments"]: update}
     table = re.search(r"## Speed on a CPU\n(.*?)\n## ", readme, flags=re.DOTALL)[1]
     lines = [line.removeprefix("| ") for line in table.splitlines() if re.search(r"\d \|$", line)]
     assert len(lines) == len(OF_README)
@@ -157,6 +184,7 @@ def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_t
     assert of_torch.idxmin().endswith("-layer_norm")
     span = f"from {of_torch.max():.1f} times as fast (a GRU of 32 units) to {of_torch.min():.2f} (layer norm)"
     assert span in words
+    assert f"a rollout and four updates, and is {iteration:.2f} times as fast" in words
     compiled = re.findall(r"(?m)^\| `(\w+)`", (ROOT / "dev" / "compile_table" / "README.md").read_text())
     kernels, combinations = len(set(compiled)), len(compiled)
     assert re.findall(r"\b(\d+) kernels\b", words) == [str(kernels)] * 2

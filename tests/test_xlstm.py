@@ -293,6 +293,8 @@ def test_a_cell_of_cuda_needs_a_gpu_and_is_the_default(monkeypatch):
 def test_the_page_gives_the_tensors_of_flashrnn_to_slstm_layer():
     """The formulas and the order of the axes, [gates, heads, D], are taken from FlashRNN's vanilla backend."""
     exec(from_the_page("from gpu_lstm.functional import slstm_layer"), names := {"torch": torch})
+    (hx,) = re.findall(r"fourth argument by `(.*?)`", PAGE)
+    assert all(map(torch.equal, eval(hx, {"states": names["last"]}), names["states"]))  # the way back
     Wx, R, b, h = (names[name].double() for name in ("Wx", "R", "b", "h"))
     states, outputs, half = torch.zeros(4, *Wx[:, 0, 0].shape, dtype=Wx.dtype), [], Wx.shape[1] // 2
     for t in range(Wx.shape[1]):
@@ -307,7 +309,6 @@ def test_the_page_gives_the_tensors_of_flashrnn_to_slstm_layer():
         states = torch.stack([o.sigmoid() * c / n, c, n, m])
         outputs.append(states[0].flatten(1))
     torch.testing.assert_close(h, torch.stack(outputs), rtol=0, atol=1e-5)
-    (hx,) = re.findall(r"fourth argument by `(.*?)`", PAGE)
     z, *weights = (t.float() for t in (Wx[:, half:].transpose(0, 1).flatten(2), R.flatten(0, 2), b.flatten()))
     h, _ = names["slstm_layer"](z, *weights, eval(hx, names), heads=R.shape[1])
     torch.testing.assert_close(h.double(), torch.stack(outputs[half:]), rtol=0, atol=1e-5)

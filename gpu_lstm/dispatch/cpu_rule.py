@@ -24,6 +24,6 @@ def without_loops(kind: Kind) -> str | None:
 
 
 def steps_of_a_race(kind: Kind, longest: int) -> int:
-    """Return the number of steps of a race, at most `longest`. A race then takes about a second."""
+    """Return the number of steps of a race: at most `longest`, and fewer for a large batch or layer."""
     units = max(1, *(p.batch * p.hidden for p in kind.problems))  # 1: for an empty batch
     return min(longest, max(2 * FEWEST_STEPS, MOST_UNITS // units))

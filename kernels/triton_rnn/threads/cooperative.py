@@ -23,10 +23,10 @@ The backward pass exchanges dgates in place of h. One more exchange follows the 
                GATES / PARTNERS gates for all of these units, [PARTNERS UNITS, GATES / PARTNERS H], and reads only the
                dgates of these gates. Partners publish their sums for each other, and each adds them up.
 
-K is the dimension that the product sums over. It is split over the warps, and the column of a thread in the product is
-a sequence (fragments.py). After the product each thread owns a cell, one unit of one sequence. A word (exchange.py) has
-PER units. A row of H units is W = ceil(H / PER) words, and the last word may be half empty. The weights are passed as
-words, too.
+K is the dimension that the product sums over. It is split over the warps. The `column` of a thread (fragments.py)
+is its sequence in the product. After the product each thread owns a cell, one unit of one sequence. A word
+(exchange.py) has PER units. A row of H units is W = ceil(H / PER) words, and the last word may be half empty. The
+weights are passed as words, too.
 
 Each head has its own groups, along the last axis of the grid. H here means the D units of a head. A row of h has W
 words for each head. A row of dgates has W words for each gate and head, so the gates of one head are not neighbours. A

@@ -4,11 +4,14 @@
 
 A product is mma.sync, D = A B + D, of 16 rows of weights and 8 sequences (PTX ISA, "Matrix Fragments for mma.m16n8k16",
 and for m16n8k8 with .tf32). K is the dimension that it sums over. It counts words of 32 bits: two neighbouring elements
-of half precision, or one of float32. The place of a thread in its warp decides which elements of A, B and D it has:
+of half precision, or one of float32. The lane is the place of a thread in its warp. Two numbers, computed from the
+lane, say which elements of A, B and D a thread has:
 
-                           in A                        in B            in D
-    column = lane // 4     rows column, column + 8     the sequence    rows column, column + 8
-    quarter = lane % 4     two words of K              two words of K  sequences 2 quarter, 2 quarter + 1
+    here      in the PTX ISA      value      in A                     in B            in D
+    column    groupID             lane // 4  rows column, column + 8  the sequence    rows column, column + 8
+    quarter   threadID_in_group   lane % 4   two words of K           two words of K  sequences 2 quarter, 2 quarter + 1
+
+Each column of B is a sequence. The four threads with the same `column` share it, and `quarter` numbers the four.
 
 The order of K is free as long as A and B agree. Here a thread has a quad, four neighbouring words (16 bytes), which
 serve two successive products. The four quads of a row are a chunk of K, 16 words.

@@ -18,7 +18,8 @@ A program owns 8 sequences and all hidden units, or the units of one head. The w
 Backward has dz in the place of h and W_hh^T in the place of W_hh, and its product comes after the cells. So no product
 can hide the loads of a step. A product takes one gate at a time.
 
-The layout of mma.sync (fragments.py) decides which cells a thread owns. Its cell n belongs to the unit
+The layout of mma.sync decides which cells a thread owns. fragments.py defines `column` and `quarter`, the two numbers
+of a thread in this layout (groupID and threadID_in_group in the PTX ISA). Cell n of a thread belongs to the unit
 8 (n // 2) + column of the warp, and to the sequence 2 quarter + n % 2. So a thread keeps its cells from step to step,
 and nothing is exchanged after the product. Each quantity of a cell is a tuple, which has a tensor [THREADS] for each of
 the thread's cells.
