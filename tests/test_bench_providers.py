@@ -186,10 +186,6 @@ def row(case=HEADLINE, speed=2.0, ms=1.0, spread=0.01, **changes):
     return FIELDS | vars(case) | {"case": case.name} | (dict(zip(names, values)) if timed else {}) | changes
 
 
-def frame(rows):
-    return pd.DataFrame(rows, columns=results.COLUMNS)
-
-
 def test_the_page_is_written_from_the_stored_results(tmp_path):
     (tmp_path / "docs").mkdir()
     for name in ("bench", "docs/pictures"):
@@ -207,12 +203,8 @@ def test_the_page_is_written_from_the_stored_results(tmp_path):
 
 def run(**cases):
     """Return rows of a case: the keyword "case", or "case_2" and so on for more rows."""
-    return frame([row(**changes) | {"case": case[0]} for case, changes in cases.items()])
-
-
-def regressions(old, new, fail_under=0.95):
-    rows = compare.compare(old, new, fail_under)
-    return list(rows["case"][rows["is_regression"]])
+    rows = [row(**changes) | {"case": case[0]} for case, changes in cases.items()]
+    return pd.DataFrame(rows, columns=results.COLUMNS)
 
 
 @pytest.mark.parametrize(("old", "new", "fail_under", "real"), [
@@ -227,7 +219,7 @@ def regressions(old, new, fail_under=0.95):
 ])  # fmt: skip
 def test_a_change_is_real_beyond_the_threshold_and_with_intervals_apart_or_a_margin(old, new, fail_under, real):
     """A margin replaces the intervals where seconds are compared, without a common yardstick."""
-    assert regressions(run(a=old), run(a=new), fail_under) == ["a"] * real
+    assert list(compare.compare(run(a=old), run(a=new), fail_under)["is_regression"]) == [real]
 
 
 def test_every_verdict_what_changed_most_first_and_only_ours_fails():

@@ -6,16 +6,16 @@ import re
 import subprocess
 import sys
 import tempfile
-import warnings
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from standing_in import as_another_process
 
 import gpu_lstm
-from gpu_lstm.dispatch import available, route
+from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import cache, numba_rnn
 from gpu_lstm.kernels.numba_rnn import build, launch
 from gpu_lstm.verification import verify
@@ -187,21 +187,21 @@ def test_what_cannot_be_copied_is_named_with_the_variable_that_helps_and_is_comp
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize(("fault", "said"), [
-    (lambda *_: False, "the compiled little loop is not kept for .*: PermissionError: .* is read-only; XDG_CACHE"),
-    (OSError(28, "No space left on device"), "the compiled little loop is not kept for .*: No space left on device; X"),
-])  # fmt: skip
-def test_a_folder_that_takes_nothing_is_named_once_with_the_reason(fresh, monkeypatch, fault, said):
-    if isinstance(fault, OSError):
-        monkeypatch.setattr(build.Path, "touch", Mock(side_effect=fault))
-    else:
-        monkeypatch.setattr(os, "access", fault)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            build.function("little")(0)
-    assert len(caught) == 1
-    assert re.search(said, str(caught[0].message))
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("plant", "said"), [
+    (lambda patch, _: patch.setattr(os, "access", lambda *_: False), "PermissionError: .* is read-only; XDG_CACHE"),
+    (lambda patch, _: patch.setattr(build.Path, "touch", Mock(side_effect=FULL)), "No space left on device; X"),
+    (lambda _, folder: folder.write_text("a file"), "File exists"),
+], ids=["read-only", "full", "a file"])  # fmt: skip
+def test_a_folder_that_takes_nothing_is_named_once_with_the_reason(fresh, monkeypatch, recwarn, plant, said):
+    plant(monkeypatch, fresh)
+    for _ in range(2):
+        build.function("little")(0)
+    (caught,) = recwarn
+    assert re.search(f"the compiled little loop is not kept for the next process in .*: {said}", str(caught.message))
+    assert not any(fresh.parent.rglob("*.nbi"))
 
 
 def test_an_error_of_the_compiler_is_short_and_says_where(fresh, monkeypatch, recwarn):
@@ -218,6 +218,7 @@ def test_an_error_of_the_compiler_is_short_and_says_where(fresh, monkeypatch, re
     assert not recwarn.list
 
 
+@pytest.mark.filterwarnings("ignore:gpu_lstm")
 def test_a_verdict_ends_with_whatever_made_or_runs_the_loop(fresh, monkeypatch):
     """A right loop of another Numba or CPU is verified again, and one that was wrong there is not wrong here."""
     gru, x = gpu_lstm.GRU(3, 4, backend="numba"), torch.randn(9, 2, 3)
@@ -225,11 +226,8 @@ def test_a_verdict_ends_with_whatever_made_or_runs_the_loop(fresh, monkeypatch):
     monkeypatch.setattr(verify, "_verdict", verdicts)
 
     def call():
-        for function in (cache.machine, cache.warn_once):
-            function.cache_clear()  # as another process
-        route.forget()
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        as_another_process()
+        with torch.no_grad():
             gru(x)
 
     for number, (owner, name, value) in enumerate([
@@ -239,7 +237,6 @@ def test_a_verdict_ends_with_whatever_made_or_runs_the_loop(fresh, monkeypatch):
     ], start=1):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
-            verdicts.return_value = "wrong"
             for _ in range(2):
                 with pytest.raises(RuntimeError, match="no compiled loop can run this layer on this CPU: wrong"):
                     call()
@@ -248,14 +245,6 @@ def test_a_verdict_ends_with_whatever_made_or_runs_the_loop(fresh, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(numba, "__version__", "1.0")
         call()
-
-
-def test_without_a_place_to_keep_it_a_function_is_compiled_each_time(fresh, caplog):
-    fresh.write_text("a file")
-    said = "the compiled little loop is not kept for the next process in .*: File exists"
-    with pytest.warns(UserWarning, match=said):
-        build.function("little")(0)
-    assert not any(fresh.parent.rglob("*.nbi"))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +262,6 @@ def test_without_a_numba_that_works_everything_is_as_before(version, error, said
     else:
         monkeypatch.setattr(numba_rnn, "import_packages", import_packages)
     monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
-    route.forget()
     gru, x = gpu_lstm.GRU(3, 4), torch.randn(20, 2, 3)
     explained = gpu_lstm.explain(gru, x)
     assert (explained.backend, said in explained.others["numba"]) == ("torch", True)
@@ -282,4 +270,3 @@ def test_without_a_numba_that_works_everything_is_as_before(version, error, said
     assert len([w for w in recwarn if "numba" in str(w.message)]) == isinstance(error, SystemError)
     with pytest.raises(ImportError, match="backend 'numba' needs Numba"):
         gpu_lstm.GRU(3, 4, backend="numba")(x)
-    route.forget()

@@ -17,10 +17,9 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from standing_in import CUDA, H100
+from standing_in import CUDA, H100, as_another_process
 
 import gpu_lstm
-from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import cache, contract, timeouts, triton_rnn
 from gpu_lstm.kernels.layer import Layer, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
@@ -117,13 +116,16 @@ def checkout(monkeypatch, tmp_path):
         shutil.copytree(Path(__file__).parents[1] / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(gpu_lstm, "__path__", [str(tmp_path / "gpu_lstm"), str(tmp_path)])
     yield tmp_path
+    _forget_sources()
+
+
+def _forget_sources():
     for function in (cache.sources, cache.machine):
-        function.cache_clear()
+        function.cache_clear()  # as in another process
 
 
 def _digests():
-    for function in (cache.sources, cache.machine):
-        function.cache_clear()  # as in another process
+    _forget_sources()
     return cache.sources("kernels"), cache.machine(torch.device("cpu"))["gpu_lstm"]
 
 
@@ -212,8 +214,7 @@ class Timed:
 
     def chosen(self, problem=PROBLEM, backward=False):
         """Return the plan that a new process chooses."""
-        forget()
-        cache._read.cache_clear()
+        as_another_process()
         self.runs.clear()
         return self.layer(problem).prepared(Pass(backward), GIVEN).plan
 
