@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from types import SimpleNamespace
-from unittest.mock import ANY, MagicMock, Mock, call
+from unittest.mock import ANY, MagicMock, Mock, call, patch
 
 import pytest
 import torch
@@ -227,12 +227,10 @@ def card(monkeypatch, nothing_cached):
     """A card that cannot load kernels, for reasons that each test sets."""
     torch_finds(monkeypatch, synchronize=None)
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(choose, "compile_problem", lambda architecture: None)
-    monkeypatch.setattr(choose, "_context", lambda: 1)
-    monkeypatch.setattr(choose, "_multiprocessors", {})
-    monkeypatch.setattr(choose, "in_order", lambda at_once, device, run, *given: run(*given))
     choose._load_problem.cache_clear()
-    yield
+    with patch.multiple(choose, compile_problem=lambda architecture: None, _context=lambda: 1, _multiprocessors={},
+                        in_order=lambda at_once, device, run, *given: run(*given)):  # fmt: skip
+        yield
     choose._load_problem.cache_clear()
 
 
