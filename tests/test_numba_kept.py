@@ -26,6 +26,11 @@ import llvmlite.binding  # noqa: E402
 from gpu_lstm.kernels.numba_rnn import functions, steps  # noqa: E402
 
 F32 = np.finfo(np.float32)
+ELSEWHERE = [  # versions and CPUs for which nothing that is kept here counts
+    (numba, "__version__", "0.99"), (llvmlite, "__version__", "0.99"),
+    (llvmlite.binding, "get_host_cpu_name", lambda: "another"),
+    (llvmlite.binding.FeatureMap, "flatten", lambda features: "+sse2"),
+]  # fmt: skip
 
 
 FORKED = """
@@ -126,10 +131,7 @@ def test_a_compiled_function_is_kept_for_those_who_have_all_that_decides_it(fres
         patch.setattr(steps, "little", type(little)(code, globals()))
         assert not said()
     assert fresh.stat().st_mode & 0o077 == 0
-    for owner, name, value in (
-        (cache, "sources", lambda *_: "edited"), (numba, "__version__", "0.99"),
-        (llvmlite.binding, "get_host_cpu_name", lambda: "another"), (llvmlite, "__version__", "0.99"),
-    ):  # fmt: skip
+    for owner, name, value in (*ELSEWHERE, (cache, "sources", lambda *_: "edited")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             assert said()
@@ -230,11 +232,7 @@ def test_a_verdict_ends_with_whatever_made_or_runs_the_loop(fresh, monkeypatch):
         with torch.no_grad():
             gru(x)
 
-    for number, (owner, name, value) in enumerate([
-        (numba, "__version__", numba.__version__), (numba, "__version__", "0.99"), (llvmlite, "__version__", "0.99"),
-        (llvmlite.binding, "get_host_cpu_name", lambda: "another"),
-        (llvmlite.binding.FeatureMap, "flatten", lambda features: "+sse2"),
-    ], start=1):  # fmt: skip
+    for number, (owner, name, value) in enumerate([(numba, "__version__", numba.__version__), *ELSEWHERE], start=1):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             for _ in range(2):
