@@ -81,9 +81,8 @@ def test_explain_says_of_a_layer_of_these_sizes_what_the_function_says(capsys, d
     (1, "", "LSTM", {}), (2, "", "LSTM", {}), (1024, "--layer-norm", "LSTM", dict(layer_norm=True)),
     (1024, "--cell gru --directions 2", "GRU", dict(bidirectional=True)),
 ])  # fmt: skip
-def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(monkeypatch, capsys, steps, words, cell, options):
-    asked = Mock(side_effect=plans)
-    monkeypatch.setattr(choose, "plans", asked)
+def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(spy, capsys, steps, words, cell, options):
+    asked = spy(choose, "plans")
     words = f"plan --device h100 --dtype bf16 --hidden 64 --batch 3 --steps {steps} {words}"
     said = f": {cell} T={steps} B=3 H=64{' layer norm' * ('layer_norm' in options)} bf16"
     assert said in printed_by(capsys, *words.split())[0]

@@ -119,10 +119,11 @@ def fresh(monkeypatch, tmp_path):
 
 
 def test_a_compiled_function_is_kept_for_those_who_have_all_that_decides_it(fresh, monkeypatch, caplog):
+    caplog.set_level("INFO", "gpu_lstm")
+
     def said():
         caplog.clear()
-        with caplog.at_level("INFO", "gpu_lstm"):
-            build.function("little")(0)
+        build.function("little")(0)
         return "compiles" in caplog.text
 
     assert [said(), said()] == [True, False]
@@ -136,13 +137,6 @@ def test_a_compiled_function_is_kept_for_those_who_have_all_that_decides_it(fres
             patch.setattr(owner, name, value)
             assert said()
             assert "the loops in the cache are of another version or CPU" in caplog.text
-
-
-def test_what_calls_compile_is_kept():
-    for norm in (True, False):
-        gpu_lstm.LSTM(3, 4, layer_norm=norm, backend="numba")(torch.randn(9, 2, 3))[0].sum().backward()
-    for name in launch.LOOPS:
-        assert build.kept_in(name), name
 
 
 def test_what_can_only_be_read_is_used_and_what_is_damaged_is_compiled_again(fresh, monkeypatch):
@@ -247,8 +241,7 @@ def test_a_verdict_ends_with_whatever_made_or_runs_the_loop(fresh, monkeypatch):
 
 @pytest.mark.parametrize(
     ("version", "error", "said"),
-    [("0.60.0", None, "Numba 0.60.0 is too old"), (None, ImportError("No module"), "No module"),
-     (None, SystemError("broken"), "SystemError: broken")],
+    [("0.60.0", None, "Numba 0.60.0 is too old"), (None, SystemError("broken"), "SystemError: broken")],
 )  # fmt: skip
 def test_without_a_numba_that_works_everything_is_as_before(version, error, said, monkeypatch, recwarn):
     def import_packages():
@@ -265,6 +258,6 @@ def test_without_a_numba_that_works_everything_is_as_before(version, error, said
     assert (explained.backend, said in explained.others["numba"]) == ("torch", True)
     assert 'pip install "numba>=0.61"' in explained.others["numba"]
     gru(x)
-    assert len([w for w in recwarn if "numba" in str(w.message)]) == isinstance(error, SystemError)
+    assert len([w for w in recwarn if "numba" in str(w.message)]) == (error is not None)
     with pytest.raises(ImportError, match="backend 'numba' needs Numba"):
         gpu_lstm.GRU(3, 4, backend="numba")(x)

@@ -384,9 +384,9 @@ StandIn.__module__, StandIn.__qualname__ = "tirex.models.slstm.cell", "sLSTMCell
 
 def test_which_cells_were_swapped_is_logged(caplog):
     cell, its = StandIn(), "(tirex.models.slstm.cell.sLSTMCell)"
-    with caplog.at_level("INFO", "gpu_lstm"):
-        gpu_lstm.use_for_slstm(nn.ModuleDict(dict(a=cell, b=nn.Linear(2, 2), c=StandIn(), again=cell)))
-        gpu_lstm.use_for_slstm(cell, False)
+    caplog.set_level("INFO", "gpu_lstm")
+    gpu_lstm.use_for_slstm(nn.ModuleDict(dict(a=cell, b=nn.Linear(2, 2), c=StandIn(), again=cell)))
+    gpu_lstm.use_for_slstm(cell, False)
     assert caplog.messages == [
         f"use_for_slstm: by functional.slstm_layer compute a {its}, c {its}",
         f"use_for_slstm: by their own package compute the model itself {its}",
