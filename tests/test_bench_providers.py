@@ -103,7 +103,6 @@ def timed(monkeypatch):
 
     monkeypatch.setattr(timing, "interleaved", interleaved)
     monkeypatch.setenv("COLUMNS", "120")
-    return interleaved
 
 
 def test_the_host_command_has_a_line_for_what_it_measures(timed, monkeypatch, capsys):

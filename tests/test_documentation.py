@@ -30,7 +30,8 @@ from bench import report, results
 from bench.__main__ import main as bench_main
 from gpu_lstm.__main__ import main as gpu_lstm_main
 
-DOCS, EXAMPLES, README = ROOT / "docs", ROOT / "examples", ROOT / "README.md"
+DOCS, EXAMPLES, README, CPU = ROOT / "docs", ROOT / "examples", ROOT / "README.md", ROOT / "bench" / "results" / "cpu"
+ONE_THREAD = CPU.parent / "amd-epyc-1-thread.csv"
 PAGES, LESSON = sorted(DOCS.glob("*.md")), nbformat.read(EXAMPLES / "lstm_explained.ipynb", as_version=4)
 WITHOUT_EXAMPLES = "api", "benchmarks", "compared", "design", "first_gpu_run", "testing", "versions"
 WITH_EXAMPLES = [README, *(page for page in PAGES if page.stem not in WITHOUT_EXAMPLES)]
@@ -61,15 +62,11 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     assert type(names["model"][0]) is torch.nn.LSTM  # it was converted, and back
 
 
-CPU = ROOT / "bench" / "results" / "cpu"
-
-
 def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     names = "docs/reinforcement_learning", "docs/cells_and_options", "docs/benchmarks", "CHANGELOG"
     page, of_gru, benchmarks, changelog = (read(f"{name}.md") for name in names)
     updates = pd.read_csv(CPU / "ppo.csv").query("H == 128")
-    stored = ROOT / "bench" / "results" / "amd-epyc-1-thread.csv"
-    around = report.instead(report.measured(results.read(stored)))
+    around = report.instead(report.measured(results.read(ONE_THREAD)))
     ways = ["rl_games-pieces", "rsl_rl-padded", "cleanrl-loop"]
     its = around[around["provider"].isin(ways) & (around["mode"] == "training") & (around["variant"] == "plain")]
     small = its["hidden_size"] <= 256
@@ -89,14 +86,6 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     assert len(re.findall(r"(?m)^### ", re.search(r"## Your trainer\n(.*?)\n## ", page, flags=re.DOTALL)[1])) == 7
 
 
-OF_README_MODELS = {  # the beginning of a row of the README, and its model
-    "an xLSTM stack": "xLSTM stack",
-    "a speech recogniser": "speech recogniser, CTC",
-    "a keyword spotter": "keyword spotter, streamed",
-    "a speech separator": "speech separator, DPRNN",
-}
-
-
 def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_results():
     benchmarks, learning = read("docs/benchmarks.md"), read("docs/reinforcement_learning.md")
     digits = lambda values: " | ".join(f"{v:.2f}" if v < 9.995 else f"{v:.1f}" for v in values)  # noqa: E731
@@ -104,7 +93,12 @@ def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_resu
     for (name, layers), its in models.groupby(["model", "recurrent layers"]):
         assert f"| {name} | {layers} | {digits(its['times as fast'])} |" in benchmarks
     readme, by_model = read(README), models.groupby("model")["times as fast"]
-    for begin, name in OF_README_MODELS.items():
+    for begin, name in {  # the beginning of a row of the README, and its model
+        "an xLSTM stack": "xLSTM stack",
+        "a speech recogniser": "speech recogniser, CTC",
+        "a keyword spotter": "keyword spotter, streamed",
+        "a speech separator": "speech separator, DPRNN",
+    }.items():
         cells = re.escape(digits(by_model.get_group(name)[:2]))
         assert re.search(rf"\| {begin}[^|]* \| {cells} \|", readme)
     one_thread = acting[acting["device"].str.endswith("1 thread")]
@@ -144,8 +138,8 @@ OF_README = {  # how a row of the README begins, its case, and its rival
 
 
 def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_those_of_the_pages():
-    readme, stored = read(README), ROOT / "bench" / "results" / "amd-epyc-1-thread.csv"
-    cases = report.measured(results.read(stored)).set_index(["case", "provider"])["over_ours"]
+    readme = read(README)
+    cases = report.measured(results.read(ONE_THREAD)).set_index(["case", "provider"])["over_ours"]
     ppo = pd.read_csv(CPU / "ppo.csv").query("cell == 'LSTM' and N == 8 and H == 128")["times as fast"]
     rows = {**cases, OF_README["update an LSTM by recurrent PPO, with 8 environments"]: ppo.item()}
     table = re.search(r"## Speed on a CPU\n(.*?)\n## ", readme, flags=re.DOTALL)[1]

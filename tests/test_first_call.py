@@ -367,7 +367,7 @@ def test_an_empty_grid_is_launched_once_in_each_context_and_in_order(an_h100, mo
     monkeypatch.setattr(choose, "in_order", in_order)
     monkeypatch.setattr(choose, "_context", lambda: next(contexts))
     monkeypatch.setattr(choose, "_multiprocessors", {})
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    torch_finds(monkeypatch, synchronize=None)
     assert [CARD_OF(CUDA).multiprocessors for _ in range(2)] == [132, 132]
     assert launched == [(264, 1, 1)]
     available_to[0] = 66
