@@ -18,26 +18,26 @@ from bench.measure import Trial
 from bench.providers import PROVIDERS, engine
 from bench.providers.engine import Unable
 
-PLAIN = Case("training", "fp32", steps=16, batch=3, input_size=5, hidden_size=16)
-SHORT = replace(PLAIN, steps=4)
-CASES = {
-    "plain": PLAIN, "layers": replace(SHORT, layers=2), "directions": replace(SHORT, layers=2, directions=2),
-    "ragged": replace(SHORT, sequences="ragged"), "packed": replace(SHORT, sequences="packed"),
-    "ragged-directions": replace(SHORT, layers=2, directions=2, sequences="ragged"),
-    "resets": replace(SHORT, reset_rate=0.2), "resets-layers": replace(SHORT, layers=2, reset_rate=0.3),
-    "to-states": replace(SHORT, layers=2, reset_rate=0.3, variant="reset_states"),
-    "gru": replace(SHORT, layers=2, directions=2, cell="gru"),
-    "gru-ragged": replace(SHORT, layers=2, sequences="ragged", cell="gru"),
-    "gru-to-states": replace(SHORT, layers=2, reset_rate=0.3, variant="reset_states", cell="gru"),
-    "gru-resets": replace(SHORT, layers=2, reset_rate=0.3, cell="gru"),
-    "gru-step": replace(PLAIN, mode="step", steps=1, cell="gru"),
-    "heads": replace(SHORT, heads=4), "gru-heads": replace(SHORT, heads=2, cell="gru"),
-    "heads-directions": replace(SHORT, steps=3, layers=2, directions=2, heads=4),
-    "slstm": replace(SHORT, cell="slstm"), "slstm-heads": replace(SHORT, heads=4, cell="slstm"),
-    "slstm-resets": replace(SHORT, layers=2, directions=2, heads=2, reset_rate=0.3, sequences="ragged", cell="slstm"),
-    "slstm-step": replace(PLAIN, mode="step", steps=1, heads=2, cell="slstm"),
-    "step": replace(PLAIN, mode="step", steps=1), "active": replace(PLAIN, mode="step", steps=1, sequences="active"),
-} | {name: replace(SHORT, layers=2, directions=2, variant=name) for name in VARIANTS}  # fmt: skip
+SHORT = Case("training", "fp32", steps=4, batch=3, input_size=5, hidden_size=16)
+OPTIONS = {
+    "plain": dict(steps=16), "layers": dict(layers=2), "directions": dict(layers=2, directions=2),
+    "ragged": dict(sequences="ragged"), "packed": dict(sequences="packed"),
+    "ragged-directions": dict(layers=2, directions=2, sequences="ragged"),
+    "resets": dict(reset_rate=0.2), "resets-layers": dict(layers=2, reset_rate=0.3),
+    "to-states": dict(layers=2, reset_rate=0.3, variant="reset_states"),
+    "gru": dict(layers=2, directions=2, cell="gru"),
+    "gru-ragged": dict(layers=2, sequences="ragged", cell="gru"),
+    "gru-to-states": dict(layers=2, reset_rate=0.3, variant="reset_states", cell="gru"),
+    "gru-resets": dict(layers=2, reset_rate=0.3, cell="gru"),
+    "gru-step": dict(mode="step", steps=1, cell="gru"),
+    "heads": dict(heads=4), "gru-heads": dict(heads=2, cell="gru"),
+    "heads-directions": dict(steps=3, layers=2, directions=2, heads=4),
+    "slstm": dict(cell="slstm"), "slstm-heads": dict(heads=4, cell="slstm"),
+    "slstm-resets": dict(layers=2, directions=2, heads=2, reset_rate=0.3, sequences="ragged", cell="slstm"),
+    "slstm-step": dict(mode="step", steps=1, heads=2, cell="slstm"),
+    "step": dict(mode="step", steps=1), "active": dict(mode="step", steps=1, sequences="active"),
+} | {name: dict(layers=2, directions=2, variant=name) for name in VARIANTS}  # fmt: skip
+CASES = {name: replace(SHORT, **options) for name, options in OPTIONS.items()}
 DEEP = VARIANTS.keys() - {"layer_norm"}
 OURS = {"ours", "ours-triton", "ours-reference"}
 OTHERS = {  # providers that need no package, and must run in these cases

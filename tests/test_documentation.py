@@ -30,7 +30,7 @@ from bench import report, results
 from bench.__main__ import main as bench_main
 from gpu_lstm.__main__ import main as gpu_lstm_main
 
-DOCS, EXAMPLES, README, CPU = ROOT / "docs", ROOT / "examples", ROOT / "README.md", ROOT / "bench" / "results" / "cpu"
+DOCS, EXAMPLES, README, CPU = ROOT / "docs", ROOT / "examples", ROOT / "README.md", ROOT / "bench/results/cpu"
 ONE_THREAD = CPU.parent / "amd-epyc-1-thread.csv"
 PAGES, LESSON = sorted(DOCS.glob("*.md")), nbformat.read(EXAMPLES / "lstm_explained.ipynb", as_version=4)
 WITHOUT_EXAMPLES = "api", "benchmarks", "compared", "design", "first_gpu_run", "testing", "versions"
@@ -49,7 +49,6 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     # test_stream.py tests the newer exporter.
     monkeypatch.setattr(torch.onnx, "export", partial(torch.onnx.export, dynamo=False))
-    torch.manual_seed(0)
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert blocks

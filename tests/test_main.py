@@ -141,7 +141,6 @@ def test_the_doctor_says_that_every_call_raises_where_a_variable_is_wrong(monkey
     assert f" 'nonsense' in the environment variable {name}; expected one of " in first
 
 
-@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
 def test_cached_results_are_the_users_alone(nothing_cached):
     """The modes do not depend on the umask."""
     before = os.umask(0)

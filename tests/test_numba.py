@@ -67,7 +67,6 @@ def run(module, x, **rest):
 def module_and_call(monkeypatch):
     """A GRU of which each four sequences pay for a thread, and a call with lengths and resets."""
     monkeypatch.setattr(launch, "LEAST", 1)
-    torch.manual_seed(0)
     module, x = gpu_lstm.GRU(3, 20, bidirectional=True, backend="numba"), torch.randn(6, 14, 3)
     yield module, x, dict(lengths=torch.arange(14) % 7, resets=torch.rand(6, 14) < 0.3)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -243,5 +242,4 @@ def test_half_precision_has_the_dtypes_of_the_reference_in_every_kind_of_route(w
 
 def test_the_rule_leaves_watched_calls_as_they_were():
     gru, x = gpu_lstm.GRU(3, 4), torch.randn(20, 2, 3)
-    assert gpu_lstm.explain(gru, x).backend == "numba"
     assert "gpu_lstm::" not in str(torch.jit.trace(gru.eval(), x).inlined_graph)
