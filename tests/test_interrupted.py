@@ -351,14 +351,18 @@ def test_random_numbers_are_as_if_nobody_had_raced_where_races_overlap(another):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_exact_products_begin_after_those_of_another_thread_and_end_as_before(another, monkeypatch):
-    """Otherwise a verification would undo a setting that a projection in another thread has made for a moment. `asked`
-    is set whenever a thread asks for the lock."""
-    matmul, lock, announced = torch.backends.cuda.matmul, precision.lock, MagicMock()
-    asked, entered = threading.Event(), threading.Event()
+def lock_that_announces(monkeypatch, place):
+    """Return an event that is set whenever a thread asks for the lock of `place`."""
+    asked, lock, announced = threading.Event(), place.lock, MagicMock()
     announced.__enter__.side_effect = lambda: (asked.set(), lock.acquire())
     announced.__exit__.side_effect = lambda *_: lock.release()
-    monkeypatch.setattr(precision, "lock", announced)
+    monkeypatch.setattr(place, "lock", announced)
+    return asked
+
+
+def test_exact_products_begin_after_those_of_another_thread_and_end_as_before(another, monkeypatch):
+    """Otherwise a verification would undo a setting that a projection in another thread has made for a moment."""
+    matmul, asked, entered = torch.backends.cuda.matmul, lock_that_announces(monkeypatch, precision), threading.Event()
 
     def in_another():
         with precision.held("tf32"):
