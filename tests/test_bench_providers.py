@@ -18,26 +18,26 @@ from bench.measure import Trial
 from bench.providers import PROVIDERS, engine
 from bench.providers.engine import Unable
 
-PLAIN = Case("training", "fp32", steps=16, batch=3, input_size=5, hidden_size=16)
-SHORT = replace(PLAIN, steps=4)
-CASES = {
-    "plain": PLAIN, "layers": replace(SHORT, layers=2), "directions": replace(SHORT, layers=2, directions=2),
-    "ragged": replace(SHORT, sequences="ragged"), "packed": replace(SHORT, sequences="packed"),
-    "ragged-directions": replace(SHORT, layers=2, directions=2, sequences="ragged"),
-    "resets": replace(SHORT, reset_rate=0.2), "resets-layers": replace(SHORT, layers=2, reset_rate=0.3),
-    "to-states": replace(SHORT, layers=2, reset_rate=0.3, variant="reset_states"),
-    "gru": replace(SHORT, layers=2, directions=2, cell="gru"),
-    "gru-ragged": replace(SHORT, layers=2, sequences="ragged", cell="gru"),
-    "gru-to-states": replace(SHORT, layers=2, reset_rate=0.3, variant="reset_states", cell="gru"),
-    "gru-resets": replace(SHORT, layers=2, reset_rate=0.3, cell="gru"),
-    "gru-step": replace(PLAIN, mode="step", steps=1, cell="gru"),
-    "heads": replace(SHORT, heads=4), "gru-heads": replace(SHORT, heads=2, cell="gru"),
-    "heads-directions": replace(SHORT, steps=3, layers=2, directions=2, heads=4),
-    "slstm": replace(SHORT, cell="slstm"), "slstm-heads": replace(SHORT, heads=4, cell="slstm"),
-    "slstm-resets": replace(SHORT, layers=2, directions=2, heads=2, reset_rate=0.3, sequences="ragged", cell="slstm"),
-    "slstm-step": replace(PLAIN, mode="step", steps=1, heads=2, cell="slstm"),
-    "step": replace(PLAIN, mode="step", steps=1), "active": replace(PLAIN, mode="step", steps=1, sequences="active"),
-} | {name: replace(SHORT, layers=2, directions=2, variant=name) for name in VARIANTS}  # fmt: skip
+SHORT = Case("training", "fp32", steps=4, batch=3, input_size=5, hidden_size=16)
+OPTIONS = {
+    "plain": dict(steps=16), "layers": dict(layers=2), "directions": dict(layers=2, directions=2),
+    "ragged": dict(sequences="ragged"), "packed": dict(sequences="packed"),
+    "ragged-directions": dict(layers=2, directions=2, sequences="ragged"),
+    "resets": dict(reset_rate=0.2), "resets-layers": dict(layers=2, reset_rate=0.3),
+    "to-states": dict(layers=2, reset_rate=0.3, variant="reset_states"),
+    "gru": dict(layers=2, directions=2, cell="gru"),
+    "gru-ragged": dict(layers=2, sequences="ragged", cell="gru"),
+    "gru-to-states": dict(layers=2, reset_rate=0.3, variant="reset_states", cell="gru"),
+    "gru-resets": dict(layers=2, reset_rate=0.3, cell="gru"),
+    "gru-step": dict(mode="step", steps=1, cell="gru"),
+    "heads": dict(heads=4), "gru-heads": dict(heads=2, cell="gru"),
+    "heads-directions": dict(steps=3, layers=2, directions=2, heads=4),
+    "slstm": dict(cell="slstm"), "slstm-heads": dict(heads=4, cell="slstm"),
+    "slstm-resets": dict(layers=2, directions=2, heads=2, reset_rate=0.3, sequences="ragged", cell="slstm"),
+    "slstm-step": dict(mode="step", steps=1, heads=2, cell="slstm"),
+    "step": dict(mode="step", steps=1), "active": dict(mode="step", steps=1, sequences="active"),
+} | {name: dict(layers=2, directions=2, variant=name) for name in VARIANTS}  # fmt: skip
+CASES = {name: replace(SHORT, **options) for name, options in OPTIONS.items()}
 DEEP = VARIANTS.keys() - {"layer_norm"}
 OURS = {"ours", "ours-triton", "ours-reference"}
 OTHERS = {  # providers that need no package, and must run in these cases
@@ -45,18 +45,6 @@ OTHERS = {  # providers that need no package, and must run in these cases
     "resets": {"cleanrl-loop", "rl_games-pieces", "rsl_rl-padded"}, "step": {"ours-stream"},
 }  # fmt: skip
 BY_TORCH = "plain layers directions packed step gru gru-step heads gru-heads heads-directions"
-
-
-def assert_right(name, inputs, truth):
-    found = Trial(name, inputs).results()
-    assert found.keys() == truth.keys()
-    for result, true in truth.items():
-        if name == "rsl_rl-padded" and result in ("h_n", "c_n"):
-            assert found[result] is None  # its states have gone through padding
-            continue
-        assert found[result].shape == true.shape, (name, result)
-        error = (found[result].double() - true).norm() / true.norm()
-        assert error < 1e-5, f"{name}, {result}: {error}"
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.deep] * (case in DEEP)) for case in CASES])
@@ -69,7 +57,15 @@ def test_results_and_gradients(monkeypatch, case):
         if (reason := provider.absent("cpu")) is None:
             with contextlib.suppress(Unable):
                 provider.build(inputs)  # the yardstick, too, which is timed in the plain case
-                assert_right(name, inputs, truth)
+                found = Trial(name, inputs).results()
+                assert found.keys() == truth.keys()
+                for result, true in truth.items():
+                    if name == "rsl_rl-padded" and result in ("h_n", "c_n"):
+                        assert found[result] is None  # its states have gone through padding
+                        continue
+                    assert found[result].shape == true.shape, (name, result)
+                    error = (found[result].double() - true).norm() / true.norm()
+                    assert error < 1e-5, f"{name}, {result}: {error}"
                 ran.add(name)
         else:
             assert "\n" not in reason
@@ -107,7 +103,6 @@ def timed(monkeypatch):
 
     monkeypatch.setattr(timing, "interleaved", interleaved)
     monkeypatch.setenv("COLUMNS", "120")
-    return interleaved
 
 
 def test_the_host_command_has_a_line_for_what_it_measures(timed, monkeypatch, capsys):
@@ -186,10 +181,6 @@ def row(case=HEADLINE, speed=2.0, ms=1.0, spread=0.01, **changes):
     return FIELDS | vars(case) | {"case": case.name} | (dict(zip(names, values)) if timed else {}) | changes
 
 
-def frame(rows):
-    return pd.DataFrame(rows, columns=results.COLUMNS)
-
-
 def test_the_page_is_written_from_the_stored_results(tmp_path):
     (tmp_path / "docs").mkdir()
     for name in ("bench", "docs/pictures"):
@@ -207,12 +198,8 @@ def test_the_page_is_written_from_the_stored_results(tmp_path):
 
 def run(**cases):
     """Return rows of a case: the keyword "case", or "case_2" and so on for more rows."""
-    return frame([row(**changes) | {"case": case[0]} for case, changes in cases.items()])
-
-
-def regressions(old, new, fail_under=0.95):
-    rows = compare.compare(old, new, fail_under)
-    return list(rows["case"][rows["is_regression"]])
+    rows = [row(**changes) | {"case": case[0]} for case, changes in cases.items()]
+    return pd.DataFrame(rows, columns=results.COLUMNS)
 
 
 @pytest.mark.parametrize(("old", "new", "fail_under", "real"), [
@@ -227,7 +214,7 @@ def regressions(old, new, fail_under=0.95):
 ])  # fmt: skip
 def test_a_change_is_real_beyond_the_threshold_and_with_intervals_apart_or_a_margin(old, new, fail_under, real):
     """A margin replaces the intervals where seconds are compared, without a common yardstick."""
-    assert regressions(run(a=old), run(a=new), fail_under) == ["a"] * real
+    assert list(compare.compare(run(a=old), run(a=new), fail_under)["is_regression"]) == [real]
 
 
 def test_every_verdict_what_changed_most_first_and_only_ours_fails():

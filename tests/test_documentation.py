@@ -30,11 +30,16 @@ from bench import report, results
 from bench.__main__ import main as bench_main
 from gpu_lstm.__main__ import main as gpu_lstm_main
 
-DOCS, EXAMPLES, README = ROOT / "docs", ROOT / "examples", ROOT / "README.md"
+DOCS, EXAMPLES, README, CPU = ROOT / "docs", ROOT / "examples", ROOT / "README.md", ROOT / "bench/results/cpu"
+ONE_THREAD = CPU.parent / "amd-epyc-1-thread.csv"
 PAGES, LESSON = sorted(DOCS.glob("*.md")), nbformat.read(EXAMPLES / "lstm_explained.ipynb", as_version=4)
 WITHOUT_EXAMPLES = "api", "benchmarks", "compared", "design", "first_gpu_run", "testing", "versions"
 WITH_EXAMPLES = [README, *(page for page in PAGES if page.stem not in WITHOUT_EXAMPLES)]
 website = load(DOCS / "website.py")
+
+
+def read(file):
+    return (ROOT / file).read_text()
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
@@ -44,8 +49,7 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     # test_stream.py tests the newer exporter.
     monkeypatch.setattr(torch.onnx, "export", partial(torch.onnx.export, dynamo=False))
-    torch.manual_seed(0)
-    names: dict = {}
+    names = {}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert blocks
     for number, block in enumerate(blocks):
@@ -57,16 +61,11 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     assert type(names["model"][0]) is torch.nn.LSTM  # it was converted, and back
 
 
-CPU = ROOT / "bench" / "results" / "cpu"
-
-
 def test_the_figures_of_the_pages_are_those_of_the_stored_results():
-    names = "reinforcement_learning", "cells_and_options", "benchmarks"
-    changelog = (ROOT / "CHANGELOG.md").read_text()
-    page, of_gru, benchmarks = ((DOCS / f"{name}.md").read_text() for name in names)
+    names = "docs/reinforcement_learning", "docs/cells_and_options", "docs/benchmarks", "CHANGELOG"
+    page, of_gru, benchmarks, changelog = (read(f"{name}.md") for name in names)
     updates = pd.read_csv(CPU / "ppo.csv").query("H == 128")
-    stored = ROOT / "bench" / "results" / "amd-epyc-1-thread.csv"
-    around = report.instead(report.measured(results.read(stored)))
+    around = report.instead(report.measured(results.read(ONE_THREAD)))
     ways = ["rl_games-pieces", "rsl_rl-padded", "cleanrl-loop"]
     its = around[around["provider"].isin(ways) & (around["mode"] == "training") & (around["variant"] == "plain")]
     small = its["hidden_size"] <= 256
@@ -86,27 +85,23 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     assert len(re.findall(r"(?m)^### ", re.search(r"## Your trainer\n(.*?)\n## ", page, flags=re.DOTALL)[1])) == 7
 
 
-OF_README_MODELS = {  # the beginning of a row of the README, and its model
-    "an xLSTM stack": "xLSTM stack",
-    "a speech recogniser": "speech recogniser, CTC",
-    "a keyword spotter": "keyword spotter, streamed",
-    "a speech separator": "speech separator, DPRNN",
-}
-
-
 def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_results():
-    benchmarks, learning = ((DOCS / f"{name}.md").read_text() for name in ("benchmarks", "reinforcement_learning"))
+    benchmarks, learning = read("docs/benchmarks.md"), read("docs/reinforcement_learning.md")
     digits = lambda values: " | ".join(f"{v:.2f}" if v < 9.995 else f"{v:.1f}" for v in values)  # noqa: E731
     models, acting, ppo = (pd.read_csv(CPU / f"{name}.csv") for name in ("models", "acting", "ppo"))
     for (name, layers), its in models.groupby(["model", "recurrent layers"]):
         assert f"| {name} | {layers} | {digits(its['times as fast'])} |" in benchmarks
-    readme, by_model = README.read_text(), models.groupby("model")["times as fast"]
-    for begin, name in OF_README_MODELS.items():
-        assert re.search(
-            rf"\| {begin}[^|]* \| {digits(by_model.get_group(name)[:2])} \|".replace(" | ", r" \| "), readme
-        )
-    shown = models["model"].isin([*OF_README_MODELS.values()])
-    rest = models[models["device"].str.endswith("1 thread") & ~shown]
+    of_readme = {  # the beginning of a row of the README, and its model
+        "an xLSTM stack": "xLSTM stack",
+        "a speech recogniser": "speech recogniser, CTC",
+        "a keyword spotter": "keyword spotter, streamed",
+        "a speech separator": "speech separator, DPRNN",
+    }
+    readme, by_model = read(README), models.groupby("model")["times as fast"]
+    for begin, name in of_readme.items():
+        cells = re.escape(digits(by_model.get_group(name)[:2]))
+        assert re.search(rf"\| {begin}[^|]* \| {cells} \|", readme)
+    rest = models[models["device"].str.endswith("1 thread") & ~models["model"].isin(of_readme.values())]
     low, high = (rest.groupby("pass")["times as fast"].agg(each) for each in ("min", "max"))
     training, inference = (f"{low[each]:.2f} to {high[each]:.2f}" for each in ("training", "inference"))
     assert rest["model"].nunique() == 4
@@ -122,9 +117,9 @@ def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_resu
 
 
 def test_the_speeds_of_the_slstm_are_those_of_the_stored_results():
-    page = " ".join((DOCS / "slstm.md").read_text().split())
+    page = " ".join(read("docs/slstm.md").split())
     for file, machine, batches in (("amd-epyc", "AMD EPYC", (16, 1)), ("intel-xeon", "Intel Xeon", (16,))):
-        rows = results.read(ROOT / "bench" / "results" / f"{file}-1-thread.csv")
+        rows = results.read(CPU.parent / f"{file}-1-thread.csv")
         its = rows[(rows["cell"] == "slstm") & (rows["provider"] == "xlstm-vanilla")]
         for batch in batches:
             cells = []
@@ -141,7 +136,7 @@ def test_the_speeds_of_the_slstm_are_those_of_the_stored_results():
 
 
 def test_the_choices_on_a_cpu_waste_little_and_are_nowhere_much_slower_than_torchs_own():
-    rows, page = pd.read_csv(CPU / "choices.csv"), (DOCS / "benchmarks.md").read_text()
+    rows, page = pd.read_csv(CPU / "choices.csv"), read("docs/benchmarks.md")
     loops = rows["chosen"] == "numba"
     rows["waste"] = rows["ratio"].where(loops, 1 / rows["ratio"]).clip(lower=1)
     rows["over"] = rows["ratio"].where(loops, 1.0)
@@ -168,15 +163,14 @@ OF_README = {  # how a row of the README begins, its case, and its rival
 
 
 def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_those_of_the_pages():
-    readme, stored = (ROOT / "README.md").read_text(), ROOT / "bench" / "results" / "amd-epyc-1-thread.csv"
-    cases = report.measured(results.read(stored)).set_index(["case", "provider"])["over_ours"]
+    readme = read(README)
+    cases = report.measured(results.read(ONE_THREAD)).set_index(["case", "provider"])["over_ours"]
     ppo = pd.read_csv(CPU / "ppo.csv").query("cell == 'LSTM' and N == 8 and H == 128")
     update, iteration = (ppo[name].item() for name in ("times as fast", "iteration, times as fast"))
     rows = {**cases, OF_README["update an LSTM by recurrent PPO, with 8 environments"]: update}
     table = re.search(r"## Speed on a CPU\n(.*?)\n## ", readme, flags=re.DOTALL)[1]
     lines = [line.removeprefix("| ") for line in table.splitlines() if re.search(r"\d \|$", line)]
-    assert len(lines) == len(OF_README)
-    for line, (begin, key) in zip(lines, OF_README.items()):
+    for line, (begin, key) in zip(lines, OF_README.items(), strict=True):
         assert line.startswith(begin)
         assert line.endswith(f"| {rows[key]:.2f} |"), (line, rows[key])
     of_torch, words = cases.xs("torch", level="provider"), " ".join(readme.split())
@@ -185,11 +179,10 @@ def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_t
     span = f"from {of_torch.max():.1f} times as fast (a GRU of 32 units) to {of_torch.min():.2f} (layer norm)"
     assert span in words
     assert f"a rollout and four updates, and is {iteration:.2f} times as fast" in words
-    compiled = re.findall(r"(?m)^\| `(\w+)`", (ROOT / "dev" / "compile_table" / "README.md").read_text())
-    kernels, combinations = len(set(compiled)), len(compiled)
-    assert re.findall(r"\b(\d+) kernels\b", words) == [str(kernels)] * 2
-    assert re.findall(r"\b(\d+) combinations\b", words) == [str(combinations)] * 2
-    (runs,) = re.findall(r"right in (\d+) runs", (DOCS / "testing.md").read_text())
+    compiled = re.findall(r"(?m)^\| `(\w+)`", read("dev/compile_table/README.md"))
+    for counted, name in (set(compiled), "kernels"), (compiled, "combinations"):
+        assert re.findall(rf"\b(\d+) {name}\b", words) == [str(len(counted))] * 2
+    (runs,) = re.findall(r"right in (\d+) runs", read("docs/testing.md"))
     assert set(re.findall(r"(\d+)\s+runs\b", readme)) == {runs}
 
 
@@ -200,19 +193,20 @@ def links(text):
 
 
 def test_every_page_is_in_the_readme_and_the_navigation_and_every_link_leads_somewhere():
-    assert {f"docs/{page.name}" for page in PAGES} <= set(links(README.read_text()))
-    named = re.findall(r"\w+\.md", str(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert {f"docs/{page.name}" for page in PAGES} <= set(links(read(README)))
+    named = re.findall(r"\w+\.md", str(yaml.safe_load(read("mkdocs.yml"))["nav"]))
     made = ["index.md", "lesson.md"]  # website.py makes them of the README and of the notebook
     assert sorted(named) == sorted([*made, *(page.name for page in PAGES)])
     markdown = "\n".join(cell.source for cell in LESSON.cells if cell.cell_type == "markdown")
-    texts = {EXAMPLES / "lstm_explained.ipynb": markdown} | {page: page.read_text() for page in (README, *PAGES)}
+    texts = {EXAMPLES / "lstm_explained.ipynb": markdown} | {page: read(page) for page in (README, *PAGES)}
     for page, path in ((page, path) for page, text in texts.items() for path in links(text)):
         assert (page.parent / path).exists(), (page.name, path)
 
 
 def test_the_page_of_the_api_has_every_public_name_once(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "torch")  # gpu_lstm.keras.LSTM imports Keras
-    described = [pkgutil.resolve_name(name) for name in re.findall(r"(?m)^- `([\w.]+)`", (DOCS / "api.md").read_text())]
+    api = read("docs/api.md")
+    described = [pkgutil.resolve_name(name) for name in re.findall(r"(?m)^- `([\w.]+)`", api)]
     assert len(described) == len(set(described))
     named = [getattr(gpu_lstm, name) for name in gpu_lstm.__all__]
     public = {value for value in named if not inspect.ismodule(value)}
@@ -221,7 +215,7 @@ def test_the_page_of_the_api_has_every_public_name_once(monkeypatch):
         public |= {value for value in own.values() if getattr(value, "__module__", "") == module.__name__}
     of_keras = {getattr(gpu_lstm.keras, name) for name in [*gpu_lstm.keras.__all__, "LSTM", "GRU"]}
     assert public | of_keras <= set(described)
-    (members,) = re.findall(r"- `gpu_lstm.Stream` with (.*):", (DOCS / "api.md").read_text())
+    (members,) = re.findall(r"- `gpu_lstm.Stream` with (.*):", api)
     assert {name for name in vars(gpu_lstm.Stream) if not name.startswith("_")} <= set(re.findall(r"\w+", members))
 
 
@@ -270,9 +264,8 @@ def test_the_notebook_for_a_card_runs_on_a_cpu_too_and_ends_in_the_line_to_send_
 
 
 def test_the_lesson_is_stored_of_one_run_without_errors_or_the_machine_that_ran_it_and_its_page_has_it_all():
-    stored = LESSON
-    nbformat.validate(stored)
-    cells = code(stored)
+    nbformat.validate(LESSON)
+    cells = code(LESSON)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
         assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs), cell
@@ -280,11 +273,11 @@ def test_the_lesson_is_stored_of_one_run_without_errors_or_the_machine_that_ran_
         assert not any(re.search(r"/(tmp|home|root|Users)/|site-packages", text) for text in texts), cell.source
         if any("image/png" in kind for kind in kinds(cell)):
             assert re.search(r"  # [A-Z].{20,}$", cell.source), f"what does the picture show? {cell.source}"
-    assert set(stored.metadata) == {"kernelspec", "language_info"}
-    assert all(not cell.metadata for cell in stored.cells)  # metadata includes times of execution
-    text, pictures = website.lesson(stored)
+    assert set(LESSON.metadata) == {"kernelspec", "language_info"}
+    assert all(not cell.metadata for cell in LESSON.cells)  # metadata includes times of execution
+    text, pictures = website.lesson(LESSON)
     assert [n for n in range(1, len(cells) + 1) if f"(../docs/pictures/lesson_{n}.png)" in text] == [*pictures]
-    for cell in stored.cells:
+    for cell in LESSON.cells:
         shown = cell.source.rpartition("  # ")[0] if cell.get("execution_count") in pictures else cell.source
         assert shown in text or "\n" not in shown
 
@@ -292,9 +285,9 @@ def test_the_lesson_is_stored_of_one_run_without_errors_or_the_machine_that_ran_
 def test_the_stored_table_of_kernels_has_every_case_and_nothing_that_spills():
     from dev.compile_table import triton_kernels
 
-    triton, _ = (ROOT / "dev" / "compile_table" / "README.md").read_text().split("## CUDA C++")
+    triton, _ = read("dev/compile_table/README.md").split("## CUDA C++")
     rows = [line.strip("| ").split(" | ") for line in triton.splitlines() if line.startswith("| `")]
-    stored: Counter = Counter()
+    stored = Counter()
     for kernel, case, *_ in rows:  # a row names every B that its kernel serves
         batches, rest = re.fullmatch(r"B=([\d, ]+)( H=.*)", case).groups()
         stored.update((f"B={batch}{rest}", "backward" in kernel) for batch in batches.split(", "))
@@ -325,30 +318,30 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     assert set(pages) == {"lesson", *(page.stem for page in PAGES)}
     loaded = r'<(?:script|img|link rel="?stylesheet)\b[^>]*?\b(?:src|href)="?([^">\s]+)'
     for path in pages.values():
-        for target in re.findall(loaded, path.read_text()):
+        for target in re.findall(loaded, text := read(path)):
             assert (path.parent / target.split("?")[0]).exists() or target.startswith("data:"), (path, target)
-        assert 'data-md-component="source"' not in path.read_text(), "from which a script asks GitHub"
-    text = pages["lesson"].read_text()
+        assert 'data-md-component="source"' not in text, "from which a script asks GitHub"
+    text = read(pages["lesson"])
     assert text.count("<math") > 50
     assert ('display="block"' in text, text.count("<mtr>") > 1, "&<" in text) == (True, True, False)
     assert "$" not in re.sub(r"<(pre|script|code).*?</\1>", "", text, flags=re.DOTALL)
-    api = pages["api"].read_text()
-    assert all(text in api for text in ("(D*L, N, P) and (D*L, N, H)", "<strong>Example</strong>"))
+    api = read(pages["api"])
+    assert all(said in api for said in ("(D*L, N, P) and (D*L, N, H)", "<strong>Example</strong>"))
     assert "Bases: " not in api
     assert "resets_from_dones" in (site / "search.json").read_text()
 
 
 ACTION = ROOT / ".github/actions/gpu-lstm/action.yml"
-PAGE = (ROOT / "docs/what_runs.md").read_text().split("## In your CI")[1]
-FIRST_RUN = (ROOT / "docs/first_gpu_run.md").read_text()
+PAGE = read("docs/what_runs.md").split("## In your CI")[1]
+FIRST_RUN = read("docs/first_gpu_run.md")
 # The blocks of the page: (language, text).
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)```", PAGE, flags=re.DOTALL | re.MULTILINE)
-TEXTS = {path.stem: path.read_text() for path in sorted((ROOT / ".github/workflows").glob("*.yml"))}
+TEXTS = {path.stem: read(path) for path in sorted((ROOT / ".github/workflows").glob("*.yml"))}
 TEXTS |= {f"docs-{number}": text for number, text in enumerate(text for kind, text in BLOCKS if kind == "yaml")}
 WORKFLOWS = {name: yaml.safe_load(text) for name, text in TEXTS.items()}
 JOBS = {(name, key): job for name, workflow in WORKFLOWS.items() for key, job in workflow["jobs"].items()}
 STEPS = [step for job in JOBS.values() for step in job["steps"]]
-STEPS += yaml.safe_load(ACTION.read_text())["runs"]["steps"]
+STEPS += yaml.safe_load(read(ACTION))["runs"]["steps"]
 SCRIPTS = [step["run"] for step in STEPS if "run" in step]
 COMMANDS = "\n".join(
     [*SCRIPTS, *(text for kind, text in BLOCKS if not kind), *re.findall(r"`([^`\n]+)`", PAGE + FIRST_RUN)]
@@ -407,23 +400,23 @@ def test_a_tag_that_is_not_the_version_is_not_released(tmp_path, tag, status):
 def test_actions_of_others_are_pinned_to_commits_with_their_versions():
     pinned = {}
     for path in [*(ROOT / ".github/workflows").glob("*.yml"), ACTION]:
-        for action, rest in re.findall(r"uses: ([^.@\s][^@\s]+)(.*)", path.read_text()):
+        for action, rest in re.findall(r"uses: ([^.@\s][^@\s]+)(.*)", read(path)):
             assert re.fullmatch(r"@[0-9a-f]{40} # v\d+\.\d+\.\d+", rest), f"{path.name}: {action}{rest}"
             assert pinned.setdefault(action, rest) == rest
     assert {"actions/checkout", "pypa/gh-action-pypi-publish"} <= set(pinned)
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
     assert all(re.fullmatch("[0-9a-f]{40}", hook["rev"]) for hook in hooks)
 
 
 def test_versions_agree():
-    matrix, project = JOBS["ci", "test"]["strategy"]["matrix"], (ROOT / "pyproject.toml").read_text()
+    matrix, project = JOBS["ci", "test"]["strategy"]["matrix"], read("pyproject.toml")
     assert f'requires-python = ">={matrix["python"][0]}"' in project
-    assert f"Python {matrix['python'][0]} to {matrix['python'][-1]}" in (ROOT / "Makefile").read_text()
+    assert f"Python {matrix['python'][0]} to {matrix['python'][-1]}" in read("Makefile")
     for name, key in ("ci", "wheel"), ("release", "test"):
         assert JOBS[name, key]["strategy"]["matrix"]["python"] == [matrix["python"][0], matrix["python"][-1]]
     (oldest,) = {each["torch"] for each in matrix["include"]}
     assert f'"torch>={oldest}"' in project
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == gpu_lstm.__version__
+    assert yaml.safe_load(read("CITATION.cff"))["version"] == gpu_lstm.__version__
 
 
 def test_scripts_are_bash_without_expressions_and_name_files_and_make_targets_that_exist():
@@ -441,7 +434,7 @@ def test_scripts_are_bash_without_expressions_and_name_files_and_make_targets_th
 
 
 def test_inputs_of_this_repositorys_action_exist_and_so_do_commands_and_their_options(capsys):
-    inputs = set(yaml.safe_load(ACTION.read_text())["inputs"])
+    inputs = set(yaml.safe_load(read(ACTION))["inputs"])
     used = [step for step in STEPS if re.search(r"/\.github/actions/gpu-lstm(@|$)", step.get("uses", ""))]
     assert len(used) == 2
     assert all(set(step["with"]) <= inputs for step in used)

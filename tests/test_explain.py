@@ -197,10 +197,10 @@ def test_how_torch_goes_about_it():
 
 def test_the_precision_of_float32_products_and_the_switch(monkeypatch):
     explain = importlib.import_module("gpu_lstm.tools.explain")  # gpu_lstm.explain is the function
-    for precision, backend, words in (("tf32", "triton", "in the recurrence TF32 (torch.backends.cudnn."),
-                                      ("ieee", "triton", "in the recurrence float32, exactly")):  # fmt: skip
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
-        assert explain._precision(_kind(gpu_lstm.LSTM(4, 5)), CUDA, Backend(backend)).startswith(words)
+    for switch, words in (True, "TF32 (torch.backends.cudnn."), (False, "float32, exactly"):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", switch)
+        found = explain._precision(_kind(gpu_lstm.LSTM(4, 5)), CUDA, Backend.TRITON)
+        assert found.startswith(f"in the recurrence {words}")
 
 
 def test_nothing_changes_and_all_of_it_is_data(card):

@@ -81,9 +81,8 @@ def test_explain_says_of_a_layer_of_these_sizes_what_the_function_says(capsys, d
     (1, "", "LSTM", {}), (2, "", "LSTM", {}), (1024, "--layer-norm", "LSTM", dict(layer_norm=True)),
     (1024, "--cell gru --directions 2", "GRU", dict(bidirectional=True)),
 ])  # fmt: skip
-def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(monkeypatch, capsys, steps, words, cell, options):
-    asked = Mock(side_effect=plans)
-    monkeypatch.setattr(choose, "plans", asked)
+def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(spy, capsys, steps, words, cell, options):
+    asked = spy(choose, "plans")
     words = f"plan --device h100 --dtype bf16 --hidden 64 --batch 3 --steps {steps} {words}"
     said = f": {cell} T={steps} B=3 H=64{' layer norm' * ('layer_norm' in options)} bf16"
     assert said in printed_by(capsys, *words.split())[0]
@@ -142,7 +141,6 @@ def test_the_doctor_says_that_every_call_raises_where_a_variable_is_wrong(monkey
     assert f" 'nonsense' in the environment variable {name}; expected one of " in first
 
 
-@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
 def test_cached_results_are_the_users_alone(nothing_cached):
     """The modes do not depend on the umask."""
     before = os.umask(0)

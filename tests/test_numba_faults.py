@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable
 from unittest.mock import Mock
 
 import pytest
@@ -28,8 +27,8 @@ SIZE = 9, 5, 3, 6  # T, B, I, H
 ALL = "ragged states peepholes"
 
 
-def told(**changes: Callable[[int], int]) -> Callable:
-    """Loops are told other sizes, or addresses of tensors."""
+def told(of_panels=False, **changes):
+    """Loops, or those that make panels, are told other sizes, or addresses of tensors."""
 
     def plant(monkeypatch):
         put = launch.put
@@ -37,7 +36,7 @@ def told(**changes: Callable[[int], int]) -> Callable:
         def changed(call, arguments):
             call = put(call, arguments)
             for name, change in changes.items():
-                if not call["makes_panels"]:  # the same record is used again
+                if bool(call["makes_panels"]) is of_panels:  # the same record is used again
                     call[name] = change(int(call[name]))
             return call
 
@@ -46,16 +45,16 @@ def told(**changes: Callable[[int], int]) -> Callable:
     return plant
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function):
     return lambda monkeypatch: monkeypatch.setattr(build, "function", function)
 
 
-def without(name: str) -> Callable:
+def without(name):
     return told(**{name: lambda address: 0})
 
 
-def one_further(name: str) -> Callable:
-    return told(**{name: lambda address: address and address + 4})
+def one_further(name, of_panels=False):
+    return told(of_panels, **{name: lambda address: address and address + 4})
 
 
 @as_on_a_new_machine
@@ -96,15 +95,7 @@ def test_a_loop_that_is_wrong_runs_nothing(monkeypatch, spy, plant, words, said)
 @pytest.mark.parametrize("of_panels", [False, True])
 def test_a_trial_of_inference_finds_faults_of_both_products(monkeypatch, of_panels):
     """Its first steps read W_hh as it is, and the others read the panels."""
-    put = launch.put
-
-    def changed(call, arguments):
-        call = put(call, arguments)
-        if bool(call["makes_panels"]) is of_panels:
-            call["weight_hh"] += 4
-        return call
-
-    monkeypatch.setattr(launch, "put", changed)
+    one_further("weight_hh", of_panels)(monkeypatch)
     gru = gpu_lstm.GRU(3, 6, backend="numba")
     for steps_ in (2, 20):
         with torch.no_grad(), pytest.raises(RuntimeError, match=r"this layer on this CPU: .*RMS"):

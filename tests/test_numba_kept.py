@@ -6,16 +6,16 @@ import re
 import subprocess
 import sys
 import tempfile
-import warnings
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from standing_in import as_another_process
 
 import gpu_lstm
-from gpu_lstm.dispatch import available, route
+from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import cache, numba_rnn
 from gpu_lstm.kernels.numba_rnn import build, launch
 from gpu_lstm.verification import verify
@@ -26,6 +26,11 @@ import llvmlite.binding  # noqa: E402
 from gpu_lstm.kernels.numba_rnn import functions, steps  # noqa: E402
 
 F32 = np.finfo(np.float32)
+ELSEWHERE = [  # versions and CPUs for which nothing that is kept here counts
+    (numba, "__version__", "0.99"), (llvmlite, "__version__", "0.99"),
+    (llvmlite.binding, "get_host_cpu_name", lambda: "another"),
+    (llvmlite.binding.FeatureMap, "flatten", lambda features: "+sse2"),
+]  # fmt: skip
 
 
 FORKED = """
@@ -114,10 +119,11 @@ def fresh(monkeypatch, tmp_path):
 
 
 def test_a_compiled_function_is_kept_for_those_who_have_all_that_decides_it(fresh, monkeypatch, caplog):
+    caplog.set_level("INFO", "gpu_lstm")
+
     def said():
         caplog.clear()
-        with caplog.at_level("INFO", "gpu_lstm"):
-            build.function("little")(0)
+        build.function("little")(0)
         return "compiles" in caplog.text
 
     assert [said(), said()] == [True, False]
@@ -126,21 +132,11 @@ def test_a_compiled_function_is_kept_for_those_who_have_all_that_decides_it(fres
         patch.setattr(steps, "little", type(little)(code, globals()))
         assert not said()
     assert fresh.stat().st_mode & 0o077 == 0
-    for owner, name, value in (
-        (cache, "sources", lambda *_: "edited"), (numba, "__version__", "0.99"),
-        (llvmlite.binding, "get_host_cpu_name", lambda: "another"), (llvmlite, "__version__", "0.99"),
-    ):  # fmt: skip
+    for owner, name, value in (*ELSEWHERE, (cache, "sources", lambda *_: "edited")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             assert said()
             assert "the loops in the cache are of another version or CPU" in caplog.text
-
-
-def test_what_calls_compile_is_kept():
-    for norm in (True, False):
-        gpu_lstm.LSTM(3, 4, layer_norm=norm, backend="numba")(torch.randn(9, 2, 3))[0].sum().backward()
-    for name in launch.LOOPS:
-        assert build.kept_in(name), name
 
 
 def test_what_can_only_be_read_is_used_and_what_is_damaged_is_compiled_again(fresh, monkeypatch):
@@ -187,21 +183,21 @@ def test_what_cannot_be_copied_is_named_with_the_variable_that_helps_and_is_comp
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize(("fault", "said"), [
-    (lambda *_: False, "the compiled little loop is not kept for .*: PermissionError: .* is read-only; XDG_CACHE"),
-    (OSError(28, "No space left on device"), "the compiled little loop is not kept for .*: No space left on device; X"),
-])  # fmt: skip
-def test_a_folder_that_takes_nothing_is_named_once_with_the_reason(fresh, monkeypatch, fault, said):
-    if isinstance(fault, OSError):
-        monkeypatch.setattr(build.Path, "touch", Mock(side_effect=fault))
-    else:
-        monkeypatch.setattr(os, "access", fault)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            build.function("little")(0)
-    assert len(caught) == 1
-    assert re.search(said, str(caught[0].message))
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("plant", "said"), [
+    (lambda patch, _: patch.setattr(os, "access", lambda *_: False), "PermissionError: .* is read-only; XDG_CACHE"),
+    (lambda patch, _: patch.setattr(build.Path, "touch", Mock(side_effect=FULL)), "No space left on device; X"),
+    (lambda _, folder: folder.write_text("a file"), "File exists"),
+], ids=["read-only", "full", "a file"])  # fmt: skip
+def test_a_folder_that_takes_nothing_is_named_once_with_the_reason(fresh, monkeypatch, recwarn, plant, said):
+    plant(monkeypatch, fresh)
+    for _ in range(2):
+        build.function("little")(0)
+    (caught,) = recwarn
+    assert re.search(f"the compiled little loop is not kept for the next process in .*: {said}", str(caught.message))
+    assert not any(fresh.parent.rglob("*.nbi"))
 
 
 def test_an_error_of_the_compiler_is_short_and_says_where(fresh, monkeypatch, recwarn):
@@ -218,6 +214,7 @@ def test_an_error_of_the_compiler_is_short_and_says_where(fresh, monkeypatch, re
     assert not recwarn.list
 
 
+@pytest.mark.filterwarnings("ignore:gpu_lstm")
 def test_a_verdict_ends_with_whatever_made_or_runs_the_loop(fresh, monkeypatch):
     """A right loop of another Numba or CPU is verified again, and one that was wrong there is not wrong here."""
     gru, x = gpu_lstm.GRU(3, 4, backend="numba"), torch.randn(9, 2, 3)
@@ -225,21 +222,13 @@ def test_a_verdict_ends_with_whatever_made_or_runs_the_loop(fresh, monkeypatch):
     monkeypatch.setattr(verify, "_verdict", verdicts)
 
     def call():
-        for function in (cache.machine, cache.warn_once):
-            function.cache_clear()  # as another process
-        route.forget()
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        as_another_process()
+        with torch.no_grad():
             gru(x)
 
-    for number, (owner, name, value) in enumerate([
-        (numba, "__version__", numba.__version__), (numba, "__version__", "0.99"), (llvmlite, "__version__", "0.99"),
-        (llvmlite.binding, "get_host_cpu_name", lambda: "another"),
-        (llvmlite.binding.FeatureMap, "flatten", lambda features: "+sse2"),
-    ], start=1):  # fmt: skip
+    for number, (owner, name, value) in enumerate([(numba, "__version__", numba.__version__), *ELSEWHERE], start=1):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
-            verdicts.return_value = "wrong"
             for _ in range(2):
                 with pytest.raises(RuntimeError, match="no compiled loop can run this layer on this CPU: wrong"):
                     call()
@@ -250,18 +239,9 @@ def test_a_verdict_ends_with_whatever_made_or_runs_the_loop(fresh, monkeypatch):
         call()
 
 
-def test_without_a_place_to_keep_it_a_function_is_compiled_each_time(fresh, caplog):
-    fresh.write_text("a file")
-    said = "the compiled little loop is not kept for the next process in .*: File exists"
-    with pytest.warns(UserWarning, match=said):
-        build.function("little")(0)
-    assert not any(fresh.parent.rglob("*.nbi"))
-
-
 @pytest.mark.parametrize(
     ("version", "error", "said"),
-    [("0.60.0", None, "Numba 0.60.0 is too old"), (None, ImportError("No module"), "No module"),
-     (None, SystemError("broken"), "SystemError: broken")],
+    [("0.60.0", None, "Numba 0.60.0 is too old"), (None, SystemError("broken"), "SystemError: broken")],
 )  # fmt: skip
 def test_without_a_numba_that_works_everything_is_as_before(version, error, said, monkeypatch, recwarn):
     def import_packages():
@@ -273,13 +253,11 @@ def test_without_a_numba_that_works_everything_is_as_before(version, error, said
     else:
         monkeypatch.setattr(numba_rnn, "import_packages", import_packages)
     monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
-    route.forget()
     gru, x = gpu_lstm.GRU(3, 4), torch.randn(20, 2, 3)
     explained = gpu_lstm.explain(gru, x)
     assert (explained.backend, said in explained.others["numba"]) == ("torch", True)
     assert 'pip install "numba>=0.61"' in explained.others["numba"]
     gru(x)
-    assert len([w for w in recwarn if "numba" in str(w.message)]) == isinstance(error, SystemError)
+    assert len([w for w in recwarn if "numba" in str(w.message)]) == (error is not None)
     with pytest.raises(ImportError, match="backend 'numba' needs Numba"):
         gpu_lstm.GRU(3, 4, backend="numba")(x)
-    route.forget()

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import logging
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -83,7 +82,8 @@ def _backend_of(lstm=LSTM, x=INPUT):
 def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, training, module):
     seconds = {"triton": 2e-3, "torch": 2e-3} | {winner: 1e-3}
     ran = stubbed(**seconds)
-    with torch.set_grad_enabled(training), caplog.at_level(logging.INFO, "gpu_lstm"):
+    caplog.set_level("INFO", "gpu_lstm")
+    with torch.set_grad_enabled(training):
         assert (_backend_of(module), _backend_of(module), ran) == (winner, winner, ["race", "triton", "torch"])
         assert caplog.text.count(f"{type(module).__name__} 4 -> 5, T <= 4, B <= 4, float32") == 1
         times = "triton 1 ms, torch 2 ms" if winner == "triton" else "triton 2 ms, torch 1 ms"
