@@ -61,7 +61,8 @@ def lstm_layer(
         gain_c           [H]         the layer norm of c
         bias_c           [H]         the bias of the layer norm of c
 
-    A layer norm cannot be combined with weight_hr. Every backend except "torch" supports peepholes and layer norms.
+    A layer norm cannot be combined with weight_hr. Every backend except "torch" supports peepholes, layer norms, and a
+    projection with P = H.
 
     Returns:
         h [T, B, P], which is zero past the end of a sequence, and the states (h_n [B, P], c_n [B, H]) after the last

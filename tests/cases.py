@@ -91,7 +91,8 @@ def yardstick_of(size, words):
     """Return the name of the yardstick and the module that measures errors: torch's own module, or our backend "torch"
     or "reference"."""
     own = {*OF_TORCH, "recompute", "chunks", "no-hx", "no-grad", "gru", "stack", *FORMS} - {"reverse"}
-    backend = "torch" if words <= own | {"reverse", "ragged", "resets", "residual"} else "reference"
+    is_of_torch = words <= own | {"reverse", "ragged", "resets", "residual"} and size[3] != sum(size[4:])
+    backend = "torch" if is_of_torch else "reference"
     if words <= own and not is_wide(size):
         return backend, built(size, words, own=True)
     return backend, built(size, words, backend=backend)

@@ -60,6 +60,8 @@ TABLE = [
      (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched state", "unbatched deep no-hx resets")),
     ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
     ("reference", F64, (2, "6,4,5,5", "residual masks ragged", "residual masks state")),
+    *((places, dtype, ("9,3,3,5,5", "layer", "layer ragged resets", "layer no-grad"))  # torch's own has no P = H
+      for places, dtype in (("reference", F64), ("triton numba", F32))),
     ("reference torch torch/two", F64, ("5,3,4,6", f"three-heads deep {MIX}", "heads stack both", "heads cell")),
     ("reference", F64, ("5,3,4,6", "heads states masks ragged", "heads layer deep", "heads stream")),
     # Batches of no sequences.

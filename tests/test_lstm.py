@@ -95,6 +95,14 @@ def test_under_autocast_without_gradients_dtypes_may_differ():
     assert {t.dtype for t in tree_leaves(layer)} == {torch.bfloat16}
 
 
+def test_auto_gives_torchs_own_no_projection_to_as_many_features_as_units():
+    """torch.lstm sees a projection only if h and c differ in width. Without a race it gets short calls on a CPU."""
+    weights = [torch.randn(4 * H, I), torch.randn(4 * H, H), None, None, torch.randn(H, H)]
+    with gpu_lstm.racing("off"):
+        got, expected = (lstm_layer(torch.ones(T, B, I), weights, backend=each)[0] for each in ("auto", "reference"))
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ragged", [["lengths"], ["resets"], ["lengths", "resets"]], ids=" and ".join)
 @pytest.mark.parametrize(("kind", "value"), [("LSTM", 20.0), ("GRU", 20.0), ("GRU", -20.0)])

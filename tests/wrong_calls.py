@@ -111,6 +111,7 @@ def of_arguments():
     for text, templates, name, values in (
         (unknown("..."), [lstm, later, cell, gru], "backend", NAMES),
         (a_bool("{0}", "{k}"), [later, gru, "gpu_lstm.compat.LSTM(3, 4, {0}={1})"], "recompute", ("'yes'", "1")),
+        (a_bool("{0}", "{k}"), [later], "batch_first", ("'yes'",)),
         (a_bool("{0}", "{k}"), made[:3], "peepholes", ("'yes'",)),
         ("TypeError: layer_norm should be of type bool, or a tuple of names, got: {k}", made[:3], "layer_norm",
          ("'hh'",)),
@@ -206,6 +207,8 @@ CALLS = [
     *((f"ValueError: backend 'torch' does not support {name}; use 'numba' or 'reference'", *calls) for name, *calls in (
         ("peepholes", "lstm_layer(SEQ, [*PLAIN, zeros(12)], backend='torch')"),
         ("layer_norm", "lstm_layer(SEQ, NORMED, backend='torch')"),
+        ("a projection to as many features as units",
+         "lstm_layer(SEQ, [*WEIGHTS[:2], None, None, zeros(4, 4)], backend='torch')"),
         ("reset_states", "gpu_lstm.backend('torch')(m.auto)(SEQ, resets=RESETS, reset_states=(H0, C0))"),
         *((name, f"gpu_lstm.backend('torch')(m.dropping['{name}'])(SEQ)") for name in ("recurrent_dropout", "zoneout")),
         ("slstm cells", "gpu_lstm.backend('torch')(m.slstm)(SEQ)", "slstm(backend='torch')"))),

@@ -34,6 +34,7 @@ from .plain_inference import can_infer
 from .torch_resets import with_resets
 
 MOST_STEPS = 65_535  # the most steps that cuDNN supports
+SQUARE = "a projection to as many features as units"  # torch.lstm sees a projection only if h and c differ in width
 LEAST_HEAD, LEAST_OF_ALL = 64, 256  # with so many units in a head, and in all, a call per head is faster on a CPU
 MOST_ROWS = 16  # the most sequences for which one step on a CPU is faster by the operator for a cell
 
@@ -43,7 +44,8 @@ lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.g
 def has(cell: Cell, inputs: Inputs) -> bool:
     """Whether torch's own layer of this cell supports these tensors."""
     more = (*names_of(VARIANT, NOISE), "reset_c")
-    is_possible = cell.of_torch and not too_long(inputs.x, len(inputs.x))
+    square = inputs.weight_hr is not None and inputs.h0.shape[-1] == inputs.c0.shape[-1]
+    is_possible = cell.of_torch and not square and not too_long(inputs.x, len(inputs.x))
     return is_possible and all(getattr(inputs, name) is None for name in more)
 
 

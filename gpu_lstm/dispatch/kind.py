@@ -90,6 +90,8 @@ def kind_of(call: Request) -> Kind:
         for _, hidden, projected, heads in sizes for d in range(options.directions)
     ]  # fmt: skip
     feature = options.feature or (RESET_STATES if traversal.reset_states is not None else None)
+    if feature is None and any(0 < p.projected == p.hidden for p in problems):
+        feature = torch_rnn.SQUARE
     long = f"sequences of more than {torch_rnn.MOST_STEPS:,} steps" if torch_rnn.too_long(call.x, steps) else None
     return Kind(
         tuple(problems), tuple([i for i, *_ in sizes]), power_of_two(steps), call.learns, options.recompute, feature,
