@@ -253,7 +253,7 @@ def transpose(e: Emit, weight: Any, weight_stride: Any, panel: Any, wide: Any) -
 
 @compiled
 def into_rows(weight, stride_k, stride_n, rows, wide, K, N, columns):
-    """Copy a weight [K, N] with these strides into rows `wide` elements apart, of `columns` numbers, with zeros past N."""
+    """Copy a weight [K, N] into rows of `columns` numbers, `wide` elements apart, with zeros past N."""
     w, out = floats(weight), floats(rows)
     for k in range(K):
         for j in range(columns):
