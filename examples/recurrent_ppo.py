@@ -170,10 +170,11 @@ def rollouts(agent: Agent, envs: VectorEnv, seed: int) -> Iterator[tuple[Rollout
                 action = policy.sample()
                 seen, earned, terminated, truncated, info = envs.step(action[0].cpu().numpy())
                 reward = tensor((1 - DISCOUNT) * earned.astype(np.float32))  # so that values are at most 1
-                if truncated.any():  # the time limit ended the episode: add the value of the state in which it ended
+                cut = truncated & ~terminated  # an environment may report both
+                if cut.any():  # the time limit ended the episode: add the value of the state in which it ended
                     last = seen.copy()
-                    last[truncated] = np.stack(info["final_obs"][truncated])
-                    reward += DISCOUNT * tensor(truncated) * agent(tensor(last), (h, c), never)[1]
+                    last[cut] = np.stack(info["final_obs"][cut])
+                    reward += DISCOUNT * tensor(cut) * agent(tensor(last), (h, c), never)[1]
                 kept.append((observation, start, action, policy.log_prob(action), value, reward))
                 done = terminated | truncated
                 observation, start = tensor(seen), tensor(done)

@@ -24,6 +24,8 @@ import torch
 
 from .cards import driver_version
 
+PROCESS = os.getpid()  # the process that imported gpu_lstm; a fork of it has another number
+
 try:
     import fcntl
 except ImportError:  # on Windows

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import DEVICE, PLACES, both_classes, both_kinds
+from comparing import DEVICE, both_classes, both_kinds
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
@@ -152,14 +152,6 @@ def test_a_call_is_cast_as_by_hand(backend, projected):
     by_hand = call(x.to(DTYPE), h.to(DTYPE), c, reset_h.to(DTYPE), reset_c)
     assert [t.dtype for t in found] == [t.dtype for t in by_hand]
     assert all(map(torch.equal, found, by_hand))
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton", "numba"])
-def test_without_autocast_a_float32_c_beside_half_precision_is_not_rounded(backend):
-    device = PLACES[backend]["device"]
-    module, c = gpu_lstm.LSTM(I, H, backend=backend).to(device, DTYPE), torch.rand(1, B, H, device=device)
-    x, h, lengths = (t.to(device) for t in (inputs().to(DTYPE), torch.zeros(1, B, H).to(DTYPE), torch.zeros(B).long()))
-    assert torch.equal(module(x, (h, c), lengths=lengths)[1][1], c)
 
 
 @by_ours

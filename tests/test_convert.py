@@ -193,7 +193,6 @@ EVERY = dict(num_layers=2, bias=False, batch_first=True, dropout=0.5, bidirectio
 
 
 @pytest.mark.parametrize(("swap", "old", "expected"), [
-    (gpu_lstm.convert, nn.LSTM(3, 4), gpu_lstm.LSTM(3, 4)),
     (gpu_lstm.convert, nn.GRU(3, 4, 2, dropout=0.5, bidirectional=True),
      gpu_lstm.GRU(3, 4, 2, dropout=0.5, bidirectional=True)),
     (to_torch, gpu_lstm.LSTM(3, 4, **EVERY, recompute=True, backend="reference"), nn.LSTM(3, 4, **EVERY)),

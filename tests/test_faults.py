@@ -146,6 +146,10 @@ INPUT = random_inputs(gpu_lstm.LSTM(I, H), B)[0]
 EVERYTHING = dict(peepholes=True, recompute=True)
 
 
+def assert_right(module, call, expected):
+    assert_same(results(module, INPUT, call=call, **RAGGED), expected, condition=2)
+
+
 @pytest.mark.parametrize("row", [
     Row("gates i and f swapped"), Row("gates i and f swapped", way=watched), Row("cell gradient lost"),
     Row("cell gradient lost", "LSTM", EVERYTHING, by_compiler), Row("gates i and f swapped", "LSTM", EVERYTHING),
@@ -166,12 +170,12 @@ def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
     if row.way is eager:
         told = f"uses '{'reference' if row.arguments else 'torch'}' for {row.kind} {I} -> {H}"
     with pytest.warns(UserWarning, match=f"'auto' {told}.* no Triton kernel can run this layer .*{said}"):
-        assert_same(results(ours, INPUT, call=call, **RAGGED), expected, condition=2)
+        assert_right(ours, call, expected)
     asked, stored = verdicts.call_count, [verdict for *_, verdict in cache.entries(cache.CHECKS)]
     assert (stored == []) == (row.fault in ("times out", "cannot be launched"))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "gpu_lstm")
-        assert_same(results(ours, INPUT, call=call, **RAGGED), expected, condition=2)
+        assert_right(ours, call, expected)
         gpu_lstm.check()  # nothing is left to report
         others = gpu_lstm.explain(ours, INPUT, **RAGGED).others
         assert row.way is not eager or others["triton"].startswith("the kernels fail")
@@ -219,7 +223,7 @@ def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdict
         patch.setattr(verify.Small, "by_reference", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
         for said in pytest.warns(UserWarning, match="memory is full"), contextlib.nullcontext():  # it is said once
             with said:
-                assert_same(results(ours, INPUT, call=way(ours), **RAGGED), expected, condition=2)
+                assert_right(ours, way(ours), expected)
         assert verdicts.call_count > 1
         ours.backend = "triton"
         with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
@@ -227,7 +231,7 @@ def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdict
     assert (race.decided, [*cache.entries(cache.CHECKS)], [*cache.entries(cache.RACES)]) == ({}, [], [])
     ours.backend = "auto"
     launched.reset_mock()
-    assert_same(results(ours, INPUT, call=way(ours), **RAGGED), expected, condition=2)
+    assert_right(ours, way(ours), expected)
     assert launched.called
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.func import functional_call, stack_module_state
 
 import gpu_lstm
+from bench import report, results
 
 T, N, I, H, L = 12, 5, 3, 4, 2
 PAGE, STREAMING = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("reinforcement_learning", "streaming"))
@@ -413,11 +414,18 @@ def test_sentences_on_speed_have_the_stored_results():
     share = (ppo["rollout, one call ms"] / ppo["rollout, loop ms"]).groupby(ppo["cell"]).agg(["min", "max"])
     lstms, grus = ("{:.2f} to {:.2f}".format(*share.loc[cell]) for cell in ("LSTM", "GRU"))
     stream = longer(acting["Stream us"], acting["module us"])
+    cases = report.measured(results.read(ROOT / "bench/results/amd-epyc-1-thread.csv"))
+    cases = cases[(cases["mode"] == "step") & (cases["sequences"] == "full")].set_index(["provider", "case"])
+    steps = cases["over_ours"]["ours-stream"]
+    of_one = cases["over_ours"].xs("step-fp32-T1-B1-I128-H128-gru", level="case")
     both, few, many = ("LSTM", "GRU"), (2, 8, "Stream"), (64, 4096, "Stream")
     for text, said in (
         (page, f"an LSTM's rollout takes {lstms} of the time with `nn.LSTM`"),
         (page, f"a GRU's rollout takes {grus} of the time with `nn.GRU`"),
-        (page, f"`Stream` takes {stream} the module"), (streaming, f"`Stream` takes {stream} a call of its module"),
+        (page, f"`Stream` takes {stream} the module"),
+        (streaming, f"its module, {stream.removesuffix(' longer than')} in the timings of acting"),
+        (streaming, "it takes {:.0f} to {:.0f} % longer, and".format(*(100 * steps - 100).agg(["min", "max"]))),
+        (streaming, f"one sequence takes {of_one['ours-stream'] / of_one['torch']:.2f} times as long as `nn.GRU`"),
         (page, f"the module is {span(both, 64, 4096, 'module', False, True)} times as fast"),
         *((streaming, f"| {of}, 2 or 8 | {span([of], *few, False)} | {span([of], *few, True)} |") for of in both),
         (streaming, f"| LSTM or GRU, 64 to 4,096 | {span(both, *many, False)} | {span(both, *many, True)} |"),

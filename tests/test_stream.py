@@ -145,13 +145,14 @@ def test_half_precision_keeps_the_cell_in_float32(kind):
     assert (steps - lstm(x)[0]).abs().max() <= 4 * torch.finfo(x.dtype).eps
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton", "numba"])
 @pytest.mark.parametrize(("kind", "options", "lengths"), [
-    ("LSTM", {"num_layers": 2}, None), ("LSTM", {"bidirectional": True}, None), ("GRU", {"bidirectional": True}, None),
+    ("LSTM", {"num_layers": 2}, None), ("LSTM", {"num_layers": 2}, [T, 0, 4]),
+    ("LSTM", {"bidirectional": True}, None), ("GRU", {"bidirectional": True}, None),
     ("GRU", {"bidirectional": True}, [T, 0, 4]),
 ], ids=str)  # fmt: skip
 def test_a_state_in_float32_with_half_precision(backend, kind, options, lengths):
-    """The state in float32 is the cell state, or h of a GRU."""
+    """The state in float32 is the cell state, or h of a GRU. Where a sequence has no step it is not rounded."""
     module, x = built(kind, backend, dtype=F16, **options)
     ragged = {} if lengths is None else dict(lengths=torch.tensor(lengths, device=x.device))
     h, c = (torch.randn(2, 2, B, H) * 0.5).to(x.device)
@@ -165,6 +166,7 @@ def test_a_state_in_float32_with_half_precision(backend, kind, options, lengths)
     kept, rounded = last_of(F16, torch.float32), last_of(F16, F16)
     assert (kept.dtype, rounded.dtype) == (torch.float32, F16)
     torch.testing.assert_close(kept.half(), rounded, rtol=0, atol=4e-3 if kind == "LSTM" else 2e-3)
+    assert lengths is None or torch.equal(kept[:, 1], (h if kind == "GRU" else c)[:, 1])
     for wrong in [(F16, torch.float64), *[(torch.float32, torch.float32)] * (kind == "LSTM")]:
         # The words are torch's, and on its backend depend on the device.
         with pytest.raises(RuntimeError, match="dtype"):

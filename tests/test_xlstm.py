@@ -362,7 +362,7 @@ def test_under_autocast_and_in_a_graph():
 
 def test_a_cell_that_computes_something_else_is_refused_and_nothing_is_changed():
     x, state = tensors_for(torch.float32)
-    for name, value in ("function", "lstm"), ("gradient_recurrent_cut", True), ("forward_clipval", 1.0):
+    for name, value in ("function", "lstm"), ("gradient_recurrent_cut", True), ("gradient_recurrent_clipval", 0.0):
         model = nn.ModuleList([cell_of_xlstm(), cell_of_xlstm(**{name: value})])
         theirs = model[0](x, state)[0]
         with pytest.raises(ValueError, match=f"the cell '1' has {name}={value!r}, which slstm_layer has not"):

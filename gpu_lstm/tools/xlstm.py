@@ -22,7 +22,7 @@ CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.s
          "tirex.models.slstm.cell.sLSTMCell")  # fmt: skip
 # These options of xlstm's CUDA kernels clip or cut numbers.
 _CLIPPING = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval")
-_ACCEPTED = {"function": ("slstm",)} | dict.fromkeys(_CLIPPING, (None, False))
+_ACCEPTED = {"function": ("slstm",), **dict.fromkeys(_CLIPPING, (None,)), "gradient_recurrent_cut": (None, False)}
 """The values of a cell's options with which the cell computes what slstm_layer computes. An option that a cell lacks
 has the first value."""
 MOST_STEPS = 4

@@ -22,7 +22,6 @@ from . import name_of_folder, steps
 from .functions import HOW
 
 logger = logging.getLogger("gpu_lstm")
-PROCESS = os.getpid()
 
 
 def folder(name: str, copies: contextlib.ExitStack) -> Path:
@@ -155,7 +154,7 @@ def run(function: Callable[[int], None], argument: int, threads: int) -> None:
     """
     if threads == 1:
         function(argument)
-    elif os.getpid() == PROCESS and (run_parallel := parallel()) is not None:
+    elif os.getpid() == cache.PROCESS and (run_parallel := parallel()) is not None:
         run_parallel(function, ctypes.c_ssize_t(argument), threads, 0)
     else:  # after a fork OpenMP would wait forever for threads that the fork did not copy
         others = [pool(os.getpid()).submit(function, argument) for _ in range(threads - 1)]
