@@ -128,6 +128,11 @@ def test_the_speeds_of_the_slstm_are_those_of_the_stored_results():
                 low_and_high = f"{row['over_ours_low']:#.3g}-{row['over_ours_high']:#.3g}"
                 cells.append(f"{row['over_ours']:#.3g} ({low_and_high})")
             assert f"| {machine}, 1 thread | {batch} | {' | '.join(cells)} |" in page
+    rows = results.read(ONE_THREAD)
+    its = rows[(rows["cell"] == "slstm") & rows["provider"].isin(["ours", "xlstm-vanilla"])].groupby("provider")
+    (ours, theirs), kept = 2 * its["error"].max(), its["kept_bytes"].max()  # errors are shares of the limit, 2
+    assert f"at most {ours:.2f} times the errors of torch's operators, and xlstm's own are at most {theirs:.2f}" in page
+    assert f"it keeps {kept.iloc[1] / 1e9:.2f} GB for backward, and ours keeps {kept.iloc[0] / 1e6:.0f} MB" in page
     models = pd.read_csv(CPU / "models.csv")
     stack = models[(models["model"] == "xLSTM stack") & models["device"].str.endswith("1 thread")]
     training, inference = (stack[stack["pass"] == each]["times as fast"].item() for each in ("training", "inference"))

@@ -37,9 +37,11 @@ def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
             return None if value is None else parse_backend_name(value)
         case "heads":
             check_positive(name, value)
-        case "recompute" | "batch_first":
+        case "batch_first":
             check_bool(name, value)
-            if value and name == "recompute" and cell.kept > 1:
+        case "recompute":
+            check_bool(name, value)
+            if value and cell.kept > 1:
                 why = "its gates depend on states that are not kept"
                 raise ValueError(f"recompute is not supported by {cell.name.upper()}: {why}")
         case _ if name in BY_NAME:

@@ -188,7 +188,7 @@ def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend)
 def _how(call: Request, backend: Backend) -> str:
     """Return in which way the backend runs the call."""
     if backend in KERNEL_BACKENDS:
-        return "products with the inputs of a layer, then its steps; each for all steps at once, or for some at a time"
+        return "products with a layer's inputs, then its steps, by the kernels below; both may run in chunks of time"
     if backend is Backend.REFERENCE:
         return "a loop over steps in torch's operators"
     packed, theirs = call.form.packed is not None, f"torch's own {call.options.cell.name.upper()}"

@@ -20,11 +20,12 @@ from ..kernels.cells import SLSTM
 
 CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
          "tirex.models.slstm.cell.sLSTMCell")  # fmt: skip
-# These options of xlstm's CUDA kernels clip or cut numbers.
-_CLIPPING = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval")
-_ACCEPTED = {"function": ("slstm",), **dict.fromkeys(_CLIPPING, (None,)), "gradient_recurrent_cut": (None, False)}
+_ACCEPTED = {
+    "function": ("slstm",), "gradient_recurrent_cut": (None, False),
+    "gradient_recurrent_clipval": (None,), "forward_clipval": (None,),
+}  # fmt: skip
 """The values of a cell's options with which the cell computes what slstm_layer computes. An option that a cell lacks
-has the first value."""
+has the first value. All but the function clip or cut numbers in xlstm's CUDA kernels, where a clip of 0.0 is one."""
 MOST_STEPS = 4
 """The most steps that `_by_steps` runs on a CPU with gradients. Without gradients it runs twice as many. With more,
 slstm_layer is faster."""

@@ -152,8 +152,8 @@ def run_all(p: Problem, backward: bool, trial: bool, arguments: dict[str, Any]) 
     if panels:  # one thread copies the weights, before the others start
         given["panels"], call["makes_panels"] = torch.empty(panels, device="cpu"), True
         weight = arranged(arguments["weight_hh_ptr"], p.width)  # [heads, D, GATES D], or of one head [GATES D, D]
-        of_x = {name: given.get(name) for name in ("panels", "x_ptr", "weight_ih_ptr")}
-        launch(LOOPS[backward], call, of_x | {"weight_hh_ptr": weight})
+        read = {name: given.get(name) for name in ("panels", "x_ptr", "weight_ih_ptr")}
+        launch(LOOPS[backward], call, read | {"weight_hh_ptr": weight})
         call["makes_panels"] = False
     launch(LOOPS[backward], call, given, count)
 
