@@ -214,7 +214,7 @@ def _over_ours(around: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     for name, others in (f"training {RARE}", around[rare]["case"]), ("forward", around[~trained]["case"]):
         if len(others):
             ends = [its[its.index.isin(others)].agg(["min", "max"]).dropna() for its in ratios.values()]
-            ranges = [" to ".join(map(digits, each)) for each in ends]
+            ranges = [" to ".join(dict.fromkeys(map(digits, each))) for each in ends]
             cells.loc[f"{name}, {others.nunique()} cases"] = ["", *ranges]
     return cells.reset_index(names="case")
 

@@ -23,7 +23,7 @@ from .heads import arranged
 from .layer_norm import EPS
 from .memory import Arguments, Buffer, Buffers, buffers_of
 from .problem import Pass, Problem, unless_reset
-from .settings import precision
+from .process_settings import precision
 
 Launch = Callable[..., None]
 """launch(step=, ...) launches a kernel with bound arguments.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .problem import Gradients, Inputs, Problem, Recurrence, Results, end_index, unless_reset
-from .settings import precision
+from .process_settings import precision
 
 
 def forward(launch: Any, p: Problem, gates: Tensor, r: Recurrence) -> Results:

@@ -24,13 +24,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
-from gpu_lstm.call import choices, settings
+from gpu_lstm.call import choices, isolation
 from gpu_lstm.call.choices import Backend, Racing, requested_backend, requested_racing
 from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import cache, timeouts
-from gpu_lstm.kernels.settings import Setting, precision
+from gpu_lstm.kernels.process_settings import Setting, precision
 from gpu_lstm.tools import stream as stream_module
 
 T, B, I, H = 3, 2, 2, 4
@@ -329,10 +329,10 @@ def test_computations_of_our_own_that_overlap_leave_the_process_as_it_was(anothe
     try:
         with torch.autograd.set_detect_anomaly(True, check_nan=False):
             before = facts()
-            overlap(another, settings.alone(True), settings.alone(True))
+            overlap(another, isolation.alone(True), isolation.alone(True))
             assert facts() == before
-            with settings.alone(True):
-                with settings.alone(True):
+            with isolation.alone(True):
+                with isolation.alone(True):
                     pass
                 assert facts() == (torch.float32, False, True), "the inner one ends nothing"
     finally:

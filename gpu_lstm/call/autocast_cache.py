@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.private import is_tracing, is_view, saved_by_product
+from .isolation import without_hooks
 from .modes import autocasts, is_transformed
-from .settings import without_hooks
 
 
 def cast(weights: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:

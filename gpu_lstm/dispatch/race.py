@@ -16,15 +16,15 @@ import torch
 from ..backends.layer_loop import computes_in_float32
 from ..call import choices
 from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
+from ..call.isolation import alone
 from ..call.modes import Recording, Transforms
 from ..call.request import Request
 from ..call.roles import TIME_FIRST
-from ..call.settings import alone
 from ..execution.schedule import schedule_of
 from ..kernels import cache
 from ..kernels.contract import launcher_of, machine_of
 from ..kernels.private import default_store
-from ..kernels.settings import Setting
+from ..kernels.process_settings import Setting
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
 from ..verification import verify
 from ..verification.timing import is_disturbed

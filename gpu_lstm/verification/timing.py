@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..call.choices import Racing, requested_racing
-from ..call.settings import alone
+from ..call.isolation import alone
 from ..kernels.contract import Prepare, Timed, Timer
 from ..kernels.private import is_profiled
 from ..kernels.timeouts import wait_and_check

@@ -21,7 +21,7 @@ from ..backends import fused, reference, torch_rnn
 from ..backends.fused import Saved
 from ..backends.reference import Steps
 from ..call.choices import Backend
-from ..call.settings import alone
+from ..call.isolation import alone
 from ..kernels import cache
 from ..kernels.cells import CELLS
 from ..kernels.contract import launcher_of, machine_of
@@ -29,7 +29,7 @@ from ..kernels.layer import Layer, kept_layer
 from ..kernels.memory import WroteOutside, checked, checking
 from ..kernels.private import TorchDispatchMode
 from ..kernels.problem import Inputs, Pass, Problem, sizes_of
-from ..kernels.settings import accumulation, precision
+from ..kernels.process_settings import accumulation, precision
 from ..kernels.tensors import BY_NAME, COMPARED, LEARNT
 from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
 from .timing import timer

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from ..kernels import private
-from ..kernels.settings import Setting
+from ..kernels.process_settings import Setting
 
 _default_dtype = Setting(torch.get_default_dtype, torch.set_default_dtype)
 _anomalies = Setting(
