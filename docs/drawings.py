@@ -89,7 +89,7 @@ def data_flow(palette: Palette) -> Figure:
         (9, 15, 12, "options, weights, input, hx,\nlengths, resets"),
         (23, 29, 26, "Request: x, states, weights,\nand settings of the process"),
         (37, 49, 43, "Call: x [T, B, I], one pair of states\nfor each layer and direction"),
-        (59.5, 67, 63.2, "gates = x W_ih + b [T, B, 4H], W_hh, states, lengths, resets"),
+        (59.5, 67, 63.2, "gates = x W_ih^T + b [T, B, 4H],\nW_hh, states, lengths, resets"),
     ):
         arrow(axes, (24, top), (24, bottom), palette.ink)
         axes.text(26, middle, text, size=9, color=palette.faint, va="center", linespacing=1.2)

@@ -17,7 +17,7 @@ def step(palette: Palette) -> Figure:
     axes.add_patch(frame)
     axes.text(4, 14.2, "one launch runs all T steps", size=9.5, color=palette.faint, va="center")
 
-    from_x = "x W_ih + b of this step; one product has computed it for all steps"
+    from_x = "x W_ih^T + b of this step; one product has computed it for all steps"
     for left, top, width, title, text, colour in (
         (37, 1, 57, "GPU memory, read", from_x, palette.memory),
         (4, 17, 27, "W_hh", "loaded once, stays in registers", palette.kernel),

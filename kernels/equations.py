@@ -10,7 +10,8 @@
 m is the output of the cell. The hidden state is h = W_hr m with a projection, and h = m without one. Each module of
 gpu_lstm/equations/ names the paper of its cell.
 
-The four gates and pre-activations of a unit have a fixed order:
+The four gates and pre-activations of a unit have a fixed order. The s of a GRU is a pre-activation. The v
+of an sLSTM takes the place of f: it is the slope of log sigmoid(z_f), which backward needs.
 
              forward                       gradients of the pre-activations
     LSTM     i, f, g, o                    the same order
@@ -69,6 +70,7 @@ def cell_forward(x, z, c_prev, rest, constants, peepholes, S):
         if len(x) == 4:
             s += x[3]
         r = sigmoid(z_r)
+        # The last gate is s itself. x[2] is z_n, and tanh_as computes n as exactly as the dtype of x needs.
         gates = (r, sigmoid(z_z), tanh_as(x[2] + r * s, x[2]), s)
         c = next_cell(gates, c_prev, S)
     else:
@@ -78,7 +80,7 @@ def cell_forward(x, z, c_prev, rest, constants, peepholes, S):
             z_f += constants[1] * c_prev
         i, f, g = sigmoid(z_i), sigmoid(z_f), tanh(z_g)
         c = f * c_prev + i * g
-        if peepholes:
+        if peepholes:  # i and f saw c before the step, and o sees c after it
             z_o += constants[2] * c
         gates = (i, f, g, sigmoid(z_o))
     return gates, c, rest

@@ -89,15 +89,15 @@ def pre_activations(of_x: Tensor, of_h: Tensor) -> Tensor:
 
 def step(z: Tensor, c: Tensor, peephole: Tensor | None) -> tuple[FourGates, Tensor]:
     """Return (i, f, g, o) and c', each [B, H], from the pre-activations z [B, 4H], the previous c and p."""
-    i, f, g, o = z.chunk(4, dim=1)
+    z_i, z_f, z_g, z_o = z.chunk(4, dim=1)
     if peephole is not None:
         p_i, p_f, p_o = peephole.chunk(3)
-        i, f = i + p_i * c, f + p_f * c
-    i, f, g = i.sigmoid(), f.sigmoid(), g.tanh()
-    c = next_cell((i, f, g, o), c)
+        z_i, z_f = z_i + p_i * c, z_f + p_f * c
+    i, f, g = z_i.sigmoid(), z_f.sigmoid(), z_g.tanh()
+    c = next_cell((i, f, g, z_o), c)  # which does not read z_o
     if peephole is not None:
-        o = o + p_o * c
-    return (i, f, g, o.sigmoid()), c
+        z_o = z_o + p_o * c
+    return (i, f, g, z_o.sigmoid()), c
 
 
 def activate_in_place(z: Tensor, peephole: Tensor | None, c: Tensor | None) -> Tensor:

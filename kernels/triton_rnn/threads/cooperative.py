@@ -167,7 +167,7 @@ def gates_of_cell(products, owned, turn, S: tl.constexpr):
 
 @triton.jit(repr=name_in_profiles("cooperative_forward_kernel"), do_not_specialize=["T", "B"])
 def cooperative_forward_kernel(
-    weights_ptr,  # [4H, W] int32: W_hh
+    weights_ptr,  # [GATES H, W] int32: W_hh
     words_ptr,  # [T*B + B, HEADS W] int32: h of every step, the result and the exchange, first sentinels. Then h0
     hidden: HiddenPointers,  # h_ptr is None, since words_ptr has h. h_n gets h of every step. dropout_h has int32 words
     cell: CellPointers, lengths_ptr, resets_ptr, error_ptr, T, B, S: tl.constexpr,

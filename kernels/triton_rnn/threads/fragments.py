@@ -52,6 +52,9 @@ def load_weights(
     for n in tl.static_range(len(rows)):  # one load for each word would take Triton many times as long to compile
         words = Words(words_ptr + rows[n].to(tl.int64) * W + first, tl.where(rows[n] < 0, 0, W - first))
         quads = quads + (look(words, CHUNKS, 4, STRIDE, neighbours(W)),)
+    # Let a and b be the rows column and column + 8 of a tile, and 0 to 3 the words of a thread's quad. The words of a
+    # chunk are in the order a0 b0 a1 b1 a2 b2 a3 b3, and then come the words of the next tile. The first four are the
+    # operand A of one mma.sync, the other four of the next one.
     for chunk in tl.static_range(CHUNKS):
         for n in tl.static_range(4 * len(rows)):
             word = quads[n // 8 * 2 + n % 2][4 * chunk + n % 8 // 2]
@@ -114,8 +117,10 @@ def share(
 ):  # fmt: skip
     """Share 8 rows of K with all warps of the program, through shared memory. Each thread has some of the elements.
 
-    Shared memory is [2, 8 sequences, 16 CHUNKS words]. A call has one barrier. Returns the address of the rows, for
-    `take`.
+    Shared memory is [2, 8 sequences, 16 CHUNKS words]. Returns the address of the rows, for `take`.
+
+    A call has one barrier, after its stores. No second one is needed before the stores: at step 2 a warp overwrites the
+    values of step 0. It has then passed the barrier of step 1, which every warp reached after its loads of step 0.
     """
     COUNT: tl.constexpr = len(values)
     SIZE: tl.constexpr = values[0].dtype.primitive_bitwidth // 8
@@ -148,7 +153,17 @@ def take(shared, FIRST: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr,
 def shared_place(sequence, byte, CHUNKS: tl.constexpr):
     """Return the offset of a byte of a sequence's row in shared memory.
 
-    Quads are swizzled by the sequence, so that neither stores nor loads have bank conflicts.
+    8 quads of 16 bytes fill the 32 banks, and a row is a multiple of 8 quads. Without a swizzle, the same quad of all
+    sequences would be in the same banks. With it, quads 0 to 7 of a row are at these places:
+
+        sequence 0    0 1 2 3 4 5 6 7
+        sequence 1    4 5 6 7 0 1 2 3
+        sequence 2    1 0 3 2 5 4 7 6
+        sequence 3    5 4 7 6 1 0 3 2
+
+    Eight lanes load at a time, quads 0 to 3 of two sequences such as 0 and 1: eight places, and no bank conflict. In
+    half precision a warp stores one quad for each of four sequences, all even or all odd, which has no conflict either.
+    In float32 it stores two quads for each. The eight quads have only four places, so two words share a bank.
     """
     quad = (byte // 16) ^ (sequence % 2 * 4 + sequence // 2)
     return sequence * (64 * CHUNKS) + quad * 16 + byte % 16

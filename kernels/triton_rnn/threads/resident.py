@@ -15,14 +15,18 @@ A program owns 8 sequences and all hidden units, or the units of one head. The w
                                                                        v
     memory: h, c, activated gates  <--------------------------------  h and c of the warp's own cells
 
-Backward has dz in the place of h and W_hh^T in the place of W_hh, and its product comes after the cells. So no product
-can hide the loads of a step. A product takes one gate at a time.
+Backward computes the cells of a step first, and then the product W_hh^T dz, which is dh of the step before. So dz takes
+the place of h, and W_hh^T the place of W_hh. The cells need the loads of their step at once, so no product can hide the
+latency of these loads. The product is computed for one gate after another, and the results are added.
 
 The layout of mma.sync decides which cells a thread owns. fragments.py defines `column` and `quarter`, the two numbers
 of a thread in this layout (groupID and threadID_in_group in the PTX ISA). Cell n of a thread belongs to the unit
 8 (n // 2) + column of the warp, and to the sequence 2 quarter + n % 2. So a thread keeps its cells from step to step,
 and nothing is exchanged after the product. Each quantity of a cell is a tuple, which has a tensor [THREADS] for each of
 the thread's cells.
+
+Example: 64 units and 8 warps, so a warp has 8 units, and a thread has two cells. Thread 37 is lane 5 of warp 1, so its
+column is 5 // 4 = 1, and its quarter is 5 % 4 = 1. It owns the unit 8 + 1 = 9 of the sequences 2 and 3.
 
 Triton 3.4 to 3.6 lose the field names of a named tuple that is appended to a tuple. Offsets(*cells[n]) restores them.
 """
@@ -86,7 +90,7 @@ def load_rows(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
 
 @triton.jit(repr=name_in_profiles("resident_forward_kernel"), do_not_specialize=["T", "B"])
 def resident_forward_kernel(
-    weights_ptr,  # [4H, W] int32: W_hh
+    weights_ptr,  # [GATES H, W] int32: W_hh
     hidden: HiddenPointers, cell: CellPointers, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """Run all steps forward for a batch tile of 8 sequences. The grid is (batch tiles, 1, heads)."""
@@ -127,9 +131,12 @@ def resident_forward_kernel(
         h, c, rest = (), (), ()
         for n in tl.static_range(len(owned.units)):
             cells, c_prev = Offsets(*now[n]), c_before[n]
+            # In an LSTM, SUMS is 8. The sums of a thread for 8 units are i0 i1 f0 f1 g0 g1 o0 o1, where 0 and 1 are its
+            # two sequences. Cell 0 takes sums 0, 2, 4 and 6, cell 1 takes 1, 3, 5 and 7. The next 8 units begin at 8.
             z = after_zeros(products[n // 2 * SUMS + n % 2 : n // 2 * SUMS + SUMS : 2])
             rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY,))
-            # One cell at a time: the fewer gates wait to be stored, the fewer the instructions.
+            # A cell is stored before the next one is computed. So few gates wait in registers, which takes fewer
+            # instructions.
             gates, c_next, rest_next = cell_forward(x[n], z, c_prev, rest_prev, constants[n], len(constants[n]) > 0, S)
             h_next = output(gates[3], c_next, S)
             c_next = noise.zoneout(c_next, (c_prev,) + noise.load_share(cell.zoneout_c_ptr, cells))

@@ -24,6 +24,9 @@ def forward_cells(
 ):  # fmt: skip
     """Compute the cells of a step from z, the four gates of W_hh h, each [BB, BH].
 
+    `constants` is a tuple: the peepholes p_i, p_f and p_o of an LSTM, b_hh of a GRU's gates, or empty. `share_c` is
+    empty without zoneout of c. With zoneout it has one item, the share of c that stays: a mask [BB, BH], or a rate.
+
     Returns (m, the last gate, c before zoneout), each [BB, BH]. m is zero in padding. The other results are stored: the
     activated gates and c for the backward pass, the rest, and c_n. If AT_END, c_n is stored only where a sequence ends.
     """

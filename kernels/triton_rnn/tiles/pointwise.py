@@ -1,7 +1,14 @@
 """The pointwise family: a step is a product by cuBLAS, and one kernel for everything else. kernels/by_steps.py launches
 both.
 
-Some steps are divided into parts. Each launch then computes the part from S.START to S.END, see by_steps.Part.
+A step of a plain LSTM is one part, from S.START "z" to S.END "h". In the forward kernel, it takes the first branch of
+START and the last branch of END. A layer norm of c, or a projection in the loop, divides a step into parts. Each
+launch then computes one part, see by_steps.Part.
+
+c before a step has two sources. At step 0 both are c0:
+
+    with c_ptr, for backward     c_ptr [T*B, H], where every step stores its c
+    without c_ptr                c_n_ptr [B, H], where every step overwrites the c of the step before
 """
 
 import triton
