@@ -258,6 +258,40 @@ def test_the_page_turns_a_model_of_cuda_cells_into_a_model_of_vanilla_cells(tmp_
     assert all(torch.equal(given[name], tensor) for name, tensor in before.items())
 
 
+def test_the_page_turns_checkpoints_of_vanilla_cells_into_checkpoints_of_cuda_cells_and_back():
+    """xlstm's own methods for the two layouts are the judge."""
+    exec(from_the_page("def to_vanilla"), names := {})
+    model, cuda = model_of_xlstm(), cell_of_xlstm(backend="cuda")
+    given = model.state_dict()
+    expected, kernels = dict(given), [name for name in given if name.endswith(KERNEL)]
+    for name in kernels:
+        vanilla, bias = model.get_submodule(name.removesuffix("." + KERNEL)), name.replace(KERNEL, "_bias_")
+        expected[name] = cuda._recurrent_kernel_ext2int(vanilla._recurrent_kernel_int2ext(given[name]))
+        expected[bias] = cuda._bias_ext2int(vanilla._bias_int2ext(given[bias]))
+    found = names["to_cuda"](given, HEADS)
+    assert len(kernels) == 2
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(found[name].is_contiguous() for name in kernels)  # safetensors refuses others
+    back = names["to_vanilla"](found, HEADS)
+    assert all(torch.equal(back[name], tensor) for name, tensor in given.items())
+
+
+@pytest.mark.parametrize(("function", "kernel", "bias", "said"), [
+    ("to_vanilla", (2, 3, 4, 3), (24,), "c._recurrent_kernel_ of size (2, 3, 12), got (2, 3, 4, 3)"),
+    ("to_vanilla", (2, 12, 3), (24,), "c._recurrent_kernel_ of size (2, 3, 12), got (2, 12, 3)"),
+    ("to_cuda", (2, 3, 12), (24,), "c._recurrent_kernel_ of size (2, 12, 3), got (2, 3, 12)"),
+    ("to_cuda", (3, 8, 2), (24,), "c._recurrent_kernel_ of size (2, 12, 3), got (3, 8, 2)"),  # other heads
+    ("to_vanilla", (2, 3, 12), (2, 4, 3), "c._bias_ of size (24,), got (2, 4, 3)"),
+    ("to_vanilla", (2, 3, 12), (25,), "c._bias_ of size (24,), got (25,)"),
+])  # fmt: skip
+def test_the_page_turns_no_checkpoint_of_other_sizes(function, kernel, bias, said):
+    exec(from_the_page("def to_vanilla"), names := {})
+    given = {"c._recurrent_kernel_": torch.zeros(kernel), "c._bias_": torch.zeros(bias)}
+    with pytest.raises(ValueError, match=f"^Expected {re.escape(said)}$"):
+        names[function](given, HEADS)
+
+
 def test_a_cell_of_cuda_needs_a_gpu_and_is_the_default(monkeypatch):
     module = pytest.importorskip(CELLS, reason="xlstm is not installed")
     monkeypatch.delenv("CUDA_LIB", raising=False)  # xlstm sets it if torch sees a GPU
