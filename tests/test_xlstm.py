@@ -1,13 +1,15 @@
 """use_for_slstm: cells of xlstm and of TiRex compute by slstm_layer. xlstm's own cells also judge ours.
 
-xlstm is in the extra `interop`. Tests that need it, or tirex-ts, are skipped where it is not installed. A stand-in with
-the layout of TiRex runs everywhere.
+xlstm is in the extra `interop`. Tests that need xlstm are skipped where it is not installed. No test needs TiRex: a
+stand-in with the names and the layout of TiRex's cell takes its place, and the oracle judges.
 """
 
 import copy
 import importlib
 import pickle
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -297,6 +299,41 @@ def test_a_cell_of_cuda_needs_a_gpu_and_is_the_default(monkeypatch):
     monkeypatch.delenv("CUDA_LIB", raising=False)  # xlstm sets it if torch sees a GPU
     with pytest.raises(KeyError, match="CUDA_LIB"):
         module.sLSTMCell(module.sLSTMCellConfig(hidden_size=H, num_heads=HEADS))
+
+
+@pytest.mark.parametrize("folder", [None, "/nowhere"])
+def test_xlstm_is_imported_beside_a_gpu_only_if_torch_has_a_folder_of_cuda(folder):
+    pytest.importorskip("xlstm", reason="xlstm is not installed")
+    lines = (
+        "import torch, torch.utils.cpp_extension as extension", "torch.cuda.is_available = lambda: True",
+        f"extension.CUDA_HOME = {folder!r}", f"import {CELLS}",
+    )  # fmt: skip
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    if folder:
+        assert ended.returncode == 0, ended.stderr
+    else:
+        assert "OSError: CUDA_HOME environment variable is not set" in ended.stderr
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_the_step_of_a_cell_stays_xlstms_and_returns_the_given_state(ours):
+    cell, (x, state) = cell_of_xlstm(), tensors_for(torch.float32)
+    if ours:
+        gpu_lstm.use_for_slstm(cell)
+    y, final = cell.step(x[:, :1], state)
+    expected, after = cell(x[:, :1], state)
+    torch.testing.assert_close(y, expected)
+    assert final is state
+    assert not torch.equal(after[0], state[0])
+
+
+def test_the_page_gives_the_weights_of_a_layer_of_xlstm_to_a_module():
+    module = pytest.importorskip("xlstm.blocks.slstm.layer", reason="xlstm is not installed")
+    names = dict(torch=torch, gpu_lstm=gpu_lstm, sLSTMLayerConfig=module.sLSTMLayerConfig)
+    names["sLSTMLayer"] = lambda config: drawn(module.sLSTMLayer(config), 0.3)  # W_hh is 0 at first
+    begin = "layer = sLSTMLayer(sLSTMLayerConfig(embedding_dim=64, num_heads=4, conv1d"
+    exec(from_the_page(begin), names)  # it compares
+    assert names["cell"]._recurrent_kernel_.any()
 
 
 def test_the_page_gives_the_tensors_of_flashrnn_to_slstm_layer():
