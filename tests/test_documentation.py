@@ -134,10 +134,11 @@ def test_the_speeds_of_the_slstm_are_those_of_the_stored_results():
     assert f"at most {ours:.2f} times the errors of torch's operators, and xlstm's own are at most {theirs:.2f}" in page
     assert f"it keeps {kept.iloc[1] / 1e9:.2f} GB for backward, and ours keeps {kept.iloc[0] / 1e6:.0f} MB" in page
     models = pd.read_csv(CPU / "models.csv")
-    stack = models[(models["model"] == "xLSTM stack") & models["device"].str.endswith("1 thread")]
-    training, inference = (stack[stack["pass"] == each]["times as fast"].item() for each in ("training", "inference"))
-    assert f"trains {training:.2f} times as fast after" in page
-    assert f"runs inference {inference:.2f} times as fast" in page
+    stack = models[models["model"] == "xLSTM stack"]
+    for threads, its in stack.groupby(stack["device"].str.extract(r"(\d threads?)$")[0]):
+        rows = its.set_index("pass").loc[["training", "inference"], ["times as fast", "p20", "p80"]]
+        cells = [f"{fast:.2f} ({low:.2f}-{high:.2f})" for fast, low, high in rows.to_numpy()]
+        assert f"| {threads} | {' | '.join(cells)} |" in page
 
 
 def test_the_choices_on_a_cpu_waste_little_and_are_nowhere_much_slower_than_torchs_own():

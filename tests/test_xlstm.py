@@ -1,13 +1,15 @@
 """use_for_slstm: cells of xlstm and of TiRex compute by slstm_layer. xlstm's own cells also judge ours.
 
-xlstm is in the extra `interop`. Tests that need it, or tirex-ts, are skipped where it is not installed. A stand-in with
-the layout of TiRex runs everywhere.
+xlstm is in the extra `interop`. Tests that need xlstm are skipped where it is not installed. No test needs TiRex: a
+stand-in with the names and the layout of TiRex's cell takes its place, and the oracle judges.
 """
 
 import copy
 import importlib
 import pickle
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -258,11 +260,80 @@ def test_the_page_turns_a_model_of_cuda_cells_into_a_model_of_vanilla_cells(tmp_
     assert all(torch.equal(given[name], tensor) for name, tensor in before.items())
 
 
+def test_the_page_turns_checkpoints_of_vanilla_cells_into_checkpoints_of_cuda_cells_and_back():
+    """xlstm's own methods for the two layouts are the judge."""
+    exec(from_the_page("def to_vanilla"), names := {})
+    model, cuda = model_of_xlstm(), cell_of_xlstm(backend="cuda")
+    given = model.state_dict()
+    expected, kernels = dict(given), [name for name in given if name.endswith(KERNEL)]
+    for name in kernels:
+        vanilla, bias = model.get_submodule(name.removesuffix("." + KERNEL)), name.replace(KERNEL, "_bias_")
+        expected[name] = cuda._recurrent_kernel_ext2int(vanilla._recurrent_kernel_int2ext(given[name]))
+        expected[bias] = cuda._bias_ext2int(vanilla._bias_int2ext(given[bias]))
+    found = names["to_cuda"](given, HEADS)
+    assert len(kernels) == 2
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(found[name].is_contiguous() for name in kernels)  # safetensors refuses others
+    back = names["to_vanilla"](found, HEADS)
+    assert all(torch.equal(back[name], tensor) for name, tensor in given.items())
+
+
+@pytest.mark.parametrize(("function", "kernel", "bias", "said"), [
+    ("to_vanilla", (2, 3, 4, 3), (24,), "c._recurrent_kernel_ of size (2, 3, 12), got (2, 3, 4, 3)"),
+    ("to_vanilla", (2, 12, 3), (24,), "c._recurrent_kernel_ of size (2, 3, 12), got (2, 12, 3)"),
+    ("to_cuda", (2, 3, 12), (24,), "c._recurrent_kernel_ of size (2, 12, 3), got (2, 3, 12)"),
+    ("to_cuda", (3, 8, 2), (24,), "c._recurrent_kernel_ of size (2, 12, 3), got (3, 8, 2)"),  # other heads
+    ("to_vanilla", (2, 3, 12), (2, 4, 3), "c._bias_ of size (24,), got (2, 4, 3)"),
+    ("to_vanilla", (2, 3, 12), (25,), "c._bias_ of size (24,), got (25,)"),
+])  # fmt: skip
+def test_the_page_turns_no_checkpoint_of_other_sizes(function, kernel, bias, said):
+    exec(from_the_page("def to_vanilla"), names := {})
+    given = {"c._recurrent_kernel_": torch.zeros(kernel), "c._bias_": torch.zeros(bias)}
+    with pytest.raises(ValueError, match=f"^Expected {re.escape(said)}$"):
+        names[function](given, HEADS)
+
+
 def test_a_cell_of_cuda_needs_a_gpu_and_is_the_default(monkeypatch):
     module = pytest.importorskip(CELLS, reason="xlstm is not installed")
     monkeypatch.delenv("CUDA_LIB", raising=False)  # xlstm sets it if torch sees a GPU
     with pytest.raises(KeyError, match="CUDA_LIB"):
         module.sLSTMCell(module.sLSTMCellConfig(hidden_size=H, num_heads=HEADS))
+
+
+@pytest.mark.parametrize("folder", [None, "/nowhere"])
+def test_xlstm_is_imported_beside_a_gpu_only_if_torch_has_a_folder_of_cuda(folder):
+    pytest.importorskip("xlstm", reason="xlstm is not installed")
+    lines = (
+        "import torch, torch.utils.cpp_extension as extension", "torch.cuda.is_available = lambda: True",
+        f"extension.CUDA_HOME = {folder!r}", f"import {CELLS}",
+    )  # fmt: skip
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    if folder:
+        assert ended.returncode == 0, ended.stderr
+    else:
+        assert "OSError: CUDA_HOME environment variable is not set" in ended.stderr
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_the_step_of_a_cell_stays_xlstms_and_returns_the_given_state(ours):
+    cell, (x, state) = cell_of_xlstm(), tensors_for(torch.float32)
+    if ours:
+        gpu_lstm.use_for_slstm(cell)
+    y, final = cell.step(x[:, :1], state)
+    expected, after = cell(x[:, :1], state)
+    torch.testing.assert_close(y, expected)
+    assert final is state
+    assert not torch.equal(after[0], state[0])
+
+
+def test_the_page_gives_the_weights_of_a_layer_of_xlstm_to_a_module():
+    module = pytest.importorskip("xlstm.blocks.slstm.layer", reason="xlstm is not installed")
+    names = dict(torch=torch, gpu_lstm=gpu_lstm, sLSTMLayerConfig=module.sLSTMLayerConfig)
+    names["sLSTMLayer"] = lambda config: drawn(module.sLSTMLayer(config), 0.3)  # W_hh is 0 at first
+    begin = "layer = sLSTMLayer(sLSTMLayerConfig(embedding_dim=64, num_heads=4, conv1d"
+    exec(from_the_page(begin), names)  # it compares
+    assert names["cell"]._recurrent_kernel_.any()
 
 
 def test_the_page_gives_the_tensors_of_flashrnn_to_slstm_layer():

@@ -228,6 +228,8 @@ class SLSTM(Recurrent, RNNBase):
         n' = f n + i
         h' = o c' / n'
 
+    The paper also allows f = exp(z_f), which an SLSTM does not have.
+
     n is the normaliser: the sum of the weights that the values of g have in c. c and n may be too large for a float. In
     place of c and n, a state therefore contains c e^-m and n e^-m. m is a stabiliser, one number for each unit.
 

@@ -25,7 +25,8 @@ _ACCEPTED = {
     "gradient_recurrent_clipval": (None,), "forward_clipval": (None,),
 }  # fmt: skip
 """The values of a cell's options with which the cell computes what slstm_layer computes. An option that a cell lacks
-has the first value. All but the function clip or cut numbers in xlstm's CUDA kernels, where a clip of 0.0 is one."""
+has the first value. gradient_recurrent_cut and gradient_recurrent_clipval cut or clip numbers in xlstm's CUDA kernels,
+where a clip of 0.0 is one. forward_clipval is meant to, but xlstm 2.0.6 never reads it."""
 MOST_STEPS = 4
 """The most steps that `_by_steps` runs on a CPU with gradients. Without gradients it runs twice as many. With more,
 slstm_layer is faster."""
@@ -38,13 +39,17 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
     no resets, and ignore `lengths` as xlstm's own cells do. A few steps on a CPU are computed by a loop in torch's
     operators, which is faster there than a call of `slstm_layer`.
 
-    The cell computes in the dtype of the input, or under autocast in autocast's dtype. This differs from the packages:
-    TiRex's torch backend rounds everything to bfloat16 at each step, and xlstm's CUDA kernels compute in the dtype of
-    their config. States are returned in float32, or in float64 if the input is float64. c, n and m differ from the
-    packages', but represent the same state, see `SLSTM`.
+    The cell computes in the dtype of the input, or under autocast in autocast's dtype. W_hh and the bias are cast to
+    this dtype. The packages differ. TiRex's torch backend rounds the input, W_hh and the product W_hh h to bfloat16,
+    and rounds all four states to bfloat16 after each step. Its bias and gates are in float32. xlstm's CUDA kernels cast
+    the input, W_hh and the states to the dtypes of their config, and the bias to its dtype_b. States are returned in
+    float32, or in float64 if the input is float64. c, n and m differ from the packages', but represent the same state,
+    see `SLSTM`.
 
     xlstm's default backend is "cuda". It compiles kernels by nvcc when a cell is constructed, and raises a KeyError if
     there is no GPU. xlstm's backend "vanilla" and TiRex's backend "torch" compile nothing.
+
+    A cell's own method `step` stays the package's. The method `step` of xlstm's layers and models calls `forward`.
 
     Args:
         model: A module of any kind. It may itself be a cell.
