@@ -65,12 +65,17 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     names = "docs/reinforcement_learning", "docs/cells_and_options", "docs/benchmarks", "CHANGELOG"
     page, of_gru, benchmarks, changelog = (read(f"{name}.md") for name in names)
     updates = pd.read_csv(CPU / "ppo.csv").query("H == 128")
-    around = report.instead(report.measured(results.read(ONE_THREAD)))
-    ways = ["rl_games-pieces", "rsl_rl-padded", "cleanrl-loop"]
-    its = around[around["provider"].isin(ways) & (around["mode"] == "training") & (around["variant"] == "plain")]
+    rows = report.measured(results.read(ONE_THREAD))
+    ways = ["rl_games-pieces", "rsl_rl-padded", "torchrl-pad", "cleanrl-loop"]
+    beside = rows[(rows["reset_rate"] > 0) & rows["over_ours"].notna()]
+    its = beside[beside["provider"].isin(ways) & (beside["mode"] == "training") & (beside["variant"] == "plain")]
     small = its["hidden_size"] <= 256
     kinds = [its["cell"], small, small & (its["reset_rate"] < 0.01), its["provider"]]  # rows and columns of the page
-    spans = its.groupby(kinds)["over_ours"].agg(lambda each: f"{each.min():#.3g} to {each.max():#.3g}").unstack()
+    spans = (
+        its.groupby(kinds)["over_ours"]
+        .agg(lambda each: f"{each.min():#.3g} to {each.max():#.3g}")
+        .unstack(fill_value="not measured")
+    )
     best = its[(its["cell"] == "lstm") & its["provider"].isin(ways[:2])]
     fast, around = updates.groupby("cell")["times as fast"].agg(["min", "max"]), best.groupby("case")["over_ours"].min()
     lstm, gru = ("{:.1f} to {:.1f}".format(*fast.loc[cell]) for cell in ("LSTM", "GRU"))
@@ -107,13 +112,21 @@ def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_resu
     assert rest["model"].nunique() == 4
     said = f"The other four models are {training} times as fast in training, and {inference} times in inference."
     assert said in " ".join(readme.split())
+
+    def with_ends(row, name):
+        """Return the median of ratios, and the percentiles where they are stored."""
+        its = digits([row[f"{name}{each}"] for each in ("times as fast", "p20", "p80") if f"{name}{each}" in row])
+        return re.sub(r"^(\S+) \| (\S+) \| (\S+)$", r"\1 (\2 to \3)", its)
+
     one_thread = acting[acting["device"].str.endswith("1 thread")]
     for (cell, count), its in one_thread.groupby(["cell", "N"]):
-        cells = [f"{row[4]:,.0f} | {digits(row[7:9])}" for row in its.itertuples(index=False)]
-        assert f"| {cell}, {count:,} | {' | '.join(cells)} |" in learning
-    for row in ppo.itertuples(index=False):
-        parts = digits((row[6], row[10] / row[11], row[12]))
-        assert f"| {row.cell}, {row.H} | {row.N} | {parts} |" in learning
+        ways = [f"{row['torch.nn us']:,.0f} | {with_ends(row, 'module, ')} | {with_ends(row, 'Stream, ')}"
+                for row in its.to_dict("records")]  # fmt: skip
+        assert f"| {cell}, {count:,} | {' | '.join(ways)} |" in learning
+    for row in ppo.to_dict("records"):
+        quotient = {"rollout, times as fast": row["rollout, loop ms"] / row["rollout, one call ms"]}
+        parts = " | ".join(with_ends(quotient | row, name) for name in ("", "rollout, ", "iteration, "))
+        assert f"| {row['cell']}, {row['H']} | {row['N']} | {parts} |" in learning
 
 
 def test_the_speeds_of_the_slstm_are_those_of_the_stored_results():
