@@ -129,6 +129,25 @@ def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_resu
         assert f"| {row['cell']}, {row['H']} | {row['N']} | {parts} |" in learning
 
 
+def test_the_tables_of_recurrent_ppo_are_written_with_percentiles_where_rows_have_them():
+    """Written from the stored rows, the page does not change."""
+    drawing, page = load(DOCS / "ppo_updates.py"), read("docs/reinforcement_learning.md")
+    iterations, steps = "| cell, units | environments |", "| cell, N |"
+    stored = pd.read_csv(CPU / "ppo.csv"), pd.read_csv(CPU / "acting.csv").query("device.str.endswith('1 thread')")
+    again = drawing.write(page, iterations, drawing.iterations(stored[0]))
+    assert drawing.write(again, steps, drawing.steps(stored[1])) == page
+    ends = {"times as fast": 9.994, "p20": 0.5, "p80": 9.995}
+    of = lambda *names: {f"{name}{each}": end for name in names for each, end in ends.items()}  # noqa: E731
+    of_ppo = pd.DataFrame([{"cell": "GRU", "H": 7, "N": 3} | of("", "rollout, ", "iteration, ")])
+    assert drawing.iterations(of_ppo) == [["GRU, 7", "3", *["9.99 (0.50 to 10.0)"] * 3]]
+    rows = [{"cell": "GRU", "N": 4096, "resets": on, "torch.nn us": 1234.5 + on} | of("module, ", "Stream, ")
+            for on in (True, False)]  # fmt: skip
+    both = ["9.99 (0.50 to 10.0)"] * 2
+    assert drawing.steps(pd.DataFrame(rows)) == [["GRU, 4,096", "1,234", *both, "1,236", *both]]
+    with pytest.raises(ValueError, match="one table"):
+        drawing.write("| cell, N |", steps, [])
+
+
 def test_the_speeds_of_the_slstm_are_those_of_the_stored_results():
     page = " ".join(read("docs/slstm.md").split())
     for file, machine, batches in (("amd-epyc", "AMD EPYC", (16, 1)), ("intel-xeon", "Intel Xeon", (16,))):

@@ -551,6 +551,8 @@ def test_sentences_on_speed_have_the_stored_results():
         by_case["kept_bytes"]["training-fp32-T128-B16-I128-H128-resets-2.0%" + cell, way] / 1e6
     )
     plain = cases[(cases["mode"] == "training") & (cases["variant"] == "plain") & (cases["reset_rate"] > 0)]
+    of_lstms = plain[(plain["cell"] == "lstm") & (plain["hidden_size"] <= 256) & (plain["reset_rate"] < 0.01)]
+    rare = of_lstms["over_ours"][of_lstms["provider"] == "rl_games-pieces"]
     cut_or_pad = plain["over_ours"][plain["provider"].isin(["rl_games-pieces", "rsl_rl-padded", "torchrl-pad"])]
     cases = cases[(cases["mode"] == "step") & (cases["sequences"] == "full")].set_index(["provider", "case"])
     steps = 1 / cases["over_ours"]["ours-stream"]
@@ -562,7 +564,8 @@ def test_sentences_on_speed_have_the_stored_results():
         (page, f"128 units would be {of_cleanrl['LSTM']} times as fast with an LSTM, and {of_cleanrl['GRU']} times"),
         (page, "an update is {:.2f} times as fast with an LSTM and {:.2f} times".format(
             *(each["times as fast"] for each in (lstm_8, gru_8)))),
-        (page, "A rollout is {:.2f} and {:.2f} times as fast".format(lstm_8["rollout"], gru_8["rollout"])),
+        (page, "A rollout without its environments is {:.2f} and {:.2f} times as fast".format(
+            *(each["rollout"] for each in (lstm_8, gru_8)))),
         (page, "of both {:.2f} and {:.2f} times".format(
             *(each["iteration, times as fast"] for each in (lstm_8, gru_8)))),
         *((page, note) for note in notes),
@@ -571,6 +574,8 @@ def test_sentences_on_speed_have_the_stored_results():
          f"{kept('', 'rsl_rl-padded')} MB. A GRU keeps {kept('-gru', 'ours')} MB, and its call for every step keeps "
          f"{kept('-gru', 'cleanrl-loop')} MB."),
         (page, "an update is {:.2f} to {:.1f} times as fast. No GPU".format(*cut_or_pad.agg(["min", "max"]))),
+        (page, "units is {:.2f} to {:.2f} times as fast as in pieces.".format(*rare.agg(["min", "max"]))),
+        (page, f"a step of acting is {span(both, 64, 4096, 'module', False, True)} times as fast."),
         (page, f"A `Stream` is {stream} the module"),
         (streaming, f"a `Stream` is {stream} a call of its module"),
         (streaming, "and {:.2f} to {:.2f} times in the steps of".format(*steps.agg(["min", "max"]))),
