@@ -56,6 +56,5 @@ def run(file: Path | None, threads: int) -> int:
             taken = timing.interleaved(calls(model, training), "cpu", SECONDS, ROUNDS)
             row: dict[str, Any] = {"model": name, "recurrent layers": model.layers, "pass": what}
             row |= {f"{way} ms": 1e3 * float(np.median(each)) for way, each in taken.items()}
-            speeds = timing.percentiles(taken["before"] / taken["after"])
-            rows.put(row | dict(zip(("times as fast", "p20", "p80"), speeds)), file)
+            rows.put(row | rows.speed("", taken["before"] / taken["after"]), file)
     return 0

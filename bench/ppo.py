@@ -96,9 +96,10 @@ def run(device: str, file: Path | None = None) -> int:
             iteration = {way: acting[way] + example.EPOCHS * update[way] for way in WAYS}
             row = {"cell": cell, "T": T, "N": N, "H": H}
             row |= {f"update, {way} ms": 1e3 * float(np.median(update[way])) for way in WAYS}
-            row |= dict(zip(("times as fast", "p20", "p80"), timing.percentiles(update["loop"] / update["one call"])))
+            row |= rows.speed("", update["loop"] / update["one call"])
             row["by"] = gpu_lstm.explain(getattr(gpu_lstm, cell)(H, H, device=device), x, resets=resets).backend
             row |= {f"rollout, {way} ms": 1e3 * float(np.median(acting[way])) for way in WAYS}
-            row["iteration, times as fast"] = float(np.median(iteration["loop"] / iteration["one call"]))
+            for part, its in ("rollout", acting), ("iteration", iteration):
+                row |= rows.speed(f"{part}, ", its["loop"] / its["one call"])
             rows.put(row, file, device)
     return 0

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
-from . import report, results
+from . import report, results, timing
 from .measure import relative_errors
 
 WHERE = "date", "commit", "device", "torch", "gpu_lstm"  # the columns of results.provenance that a stored row has
@@ -21,6 +22,11 @@ def put(row: dict[str, Any], file: Path | None, device: str = "cpu") -> None:
         where = results.provenance(device)
         table = pd.DataFrame([row | {name: where[name] for name in WHERE}])
         table.to_csv(file, mode="a", header=not file.exists(), index=False, float_format="%.4g")
+
+
+def speed(name: str, ratios: np.ndarray) -> dict[str, float]:
+    """Return columns with the median of the ratios of all rounds, and with their 20th and 80th percentile."""
+    return dict(zip((f"{name}times as fast", f"{name}p20", f"{name}p80"), timing.percentiles(ratios)))
 
 
 def with_gradients(y: Tensor, module: nn.Module, dy: Tensor | None = None) -> dict[str, Tensor]:

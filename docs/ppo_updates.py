@@ -1,9 +1,10 @@
-"""A picture of docs/reinforcement_learning.md: an update of recurrent PPO in one call, and by a loop over the steps.
+"""A picture and two tables of docs/reinforcement_learning.md: iterations of recurrent PPO, and steps of acting.
 
-python docs/ppo_updates.py draws docs/pictures/ppo_updates.png from bench/results/cpu/ppo.csv, which
-`python -m bench ppo --out` wrote.
+python docs/ppo_updates.py draws docs/pictures/ppo_updates.png, and writes both tables. Their rows are those that
+`python -m bench ppo --out` and `python -m bench acting --out` wrote into bench/results/cpu.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "bench" / "results" / "cpu" / "ppo.csv"
+RESULTS = ROOT / "bench" / "results" / "cpu"
+PAGE = ROOT / "docs" / "reinforcement_learning.md"
 PICTURE = ROOT / "docs" / "pictures" / "ppo_updates.png"
 HIDDEN = 128  # H, the units of the rows that are drawn
 COLOURS = {"LSTM": "#1f5fa8", "GRU": "#d9730d"}
@@ -45,6 +47,50 @@ def drawn(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def speed(row: pd.Series, name: str) -> str:
+    """Return how many times as fast one side is, with its percentiles if they are stored."""
+    median, *ends = (f"{v:.2f}" if v < 9.995 else f"{v:.1f}" for v in row.reindex(columns(name)).dropna())
+    return f"{median} ({' to '.join(ends)})" if ends else median
+
+
+def columns(name: str) -> list[str]:
+    return [f"{name}{each}" for each in ("times as fast", "p20", "p80")]
+
+
+def iterations(rows: pd.DataFrame) -> list[list[str]]:
+    """Return the lines of the table of iterations. Older rows have no ratios of rollouts, and medians are divided."""
+    if columns("rollout, ")[0] not in rows:
+        rows = rows.assign(**{columns("rollout, ")[0]: rows["rollout, loop ms"] / rows["rollout, one call ms"]})
+    parts = "", "rollout, ", "iteration, "
+    return [
+        [f"{row['cell']}, {row['H']}", f"{row['N']}", *(speed(row, part) for part in parts)]
+        for _, row in rows.iterrows()
+    ]
+
+
+def steps(rows: pd.DataFrame) -> list[list[str]]:
+    """Return the lines of the table of acting. A line has the row without resets, and the row with them."""
+    lines = []
+    for (cell, N), its in rows.groupby(["cell", "N"], sort=False):
+        line = [f"{cell}, {N:,}"]
+        for _, row in its.sort_values("resets").iterrows():
+            line += [f"{row['torch.nn us']:,.0f}", speed(row, "module, "), speed(row, "Stream, ")]
+        lines.append(line)
+    return lines
+
+
+def write(page: str, head: str, lines: list[list[str]]) -> str:
+    """Return a page with these lines in the one table whose first line begins with `head`."""
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    page, count = re.subn(rf"(?m)^({re.escape(head)}.*\n.*\n)(?:\|.*\n)+", lambda found: found[1] + text, page)
+    if count != 1:
+        raise ValueError(f"expected one table that begins with {head!r}, got {count}")
+    return page
+
+
 if __name__ == "__main__":
-    measured = pd.read_csv(TABLE)
+    measured, acting = (pd.read_csv(RESULTS / f"{name}.csv") for name in ("ppo", "acting"))
     drawn(measured[measured["H"] == HIDDEN]).savefig(PICTURE, dpi=200)
+    changed = write(PAGE.read_text(), "| cell, units | environments |", iterations(measured))
+    one_thread = acting[acting["device"].str.endswith("1 thread")]
+    PAGE.write_text(write(changed, "| cell, N |", steps(one_thread)))

@@ -118,9 +118,11 @@ def test_the_host_command_has_a_line_for_what_it_measures(timed, monkeypatch, ca
 @pytest.mark.parametrize(("words", "row"), [
     ("ppo --device cpu", "cell GRU; T 9; N 2; H 8; update, loop ms 6e+03; update, one call ms 2e+03; "
      "times as fast 3; p20 3; p80 3.6; by numba; rollout, loop ms 6e+03; rollout, one call ms 2e+03; "
-     "iteration, times as fast 3"),
+     "rollout, times as fast 3; rollout, p20 3; rollout, p80 3.6; "
+     "iteration, times as fast 3; iteration, p20 3; iteration, p80 3.6"),
     ("acting", "cell GRU; N 2; H 128; resets True; torch.nn us 6e+06; module us 2e+06; Stream us 2e+06; "
-     "module, times as fast 3; Stream, times as fast 3"),
+     "module, times as fast 3; module, p20 3; module, p80 3.6; "
+     "Stream, times as fast 3; Stream, p20 3; Stream, p80 3.6"),
     ("models", "model recommender, GRU4Rec; recurrent layers a GRU of 100; pass inference; before ms 6e+03; "
      "after ms 2e+03; times as fast 3; p20 3; p80 3.6"),
 ])  # fmt: skip

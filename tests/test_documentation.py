@@ -65,12 +65,17 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     names = "docs/reinforcement_learning", "docs/cells_and_options", "docs/benchmarks", "CHANGELOG"
     page, of_gru, benchmarks, changelog = (read(f"{name}.md") for name in names)
     updates = pd.read_csv(CPU / "ppo.csv").query("H == 128")
-    around = report.instead(report.measured(results.read(ONE_THREAD)))
-    ways = ["rl_games-pieces", "rsl_rl-padded", "cleanrl-loop"]
-    its = around[around["provider"].isin(ways) & (around["mode"] == "training") & (around["variant"] == "plain")]
+    rows = report.measured(results.read(ONE_THREAD))
+    ways = ["rl_games-pieces", "rsl_rl-padded", "torchrl-pad", "cleanrl-loop"]
+    beside = rows[(rows["reset_rate"] > 0) & rows["over_ours"].notna()]
+    its = beside[beside["provider"].isin(ways) & (beside["mode"] == "training") & (beside["variant"] == "plain")]
     small = its["hidden_size"] <= 256
     kinds = [its["cell"], small, small & (its["reset_rate"] < 0.01), its["provider"]]  # rows and columns of the page
-    spans = its.groupby(kinds)["over_ours"].agg(lambda each: f"{each.min():#.3g} to {each.max():#.3g}").unstack()
+    spans = (
+        its.groupby(kinds)["over_ours"]
+        .agg(lambda each: f"{each.min():#.3g} to {each.max():#.3g}")
+        .unstack(fill_value="not measured")
+    )
     best = its[(its["cell"] == "lstm") & its["provider"].isin(ways[:2])]
     fast, around = updates.groupby("cell")["times as fast"].agg(["min", "max"]), best.groupby("case")["over_ours"].min()
     lstm, gru = ("{:.1f} to {:.1f}".format(*fast.loc[cell]) for cell in ("LSTM", "GRU"))
@@ -107,13 +112,40 @@ def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_resu
     assert rest["model"].nunique() == 4
     said = f"The other four models are {training} times as fast in training, and {inference} times in inference."
     assert said in " ".join(readme.split())
+
+    def with_ends(row, name):
+        """Return the median of ratios, and the percentiles where they are stored."""
+        its = digits([row[f"{name}{each}"] for each in ("times as fast", "p20", "p80") if f"{name}{each}" in row])
+        return re.sub(r"^(\S+) \| (\S+) \| (\S+)$", r"\1 (\2 to \3)", its)
+
     one_thread = acting[acting["device"].str.endswith("1 thread")]
     for (cell, count), its in one_thread.groupby(["cell", "N"]):
-        cells = [f"{row[4]:,.0f} | {digits(row[7:9])}" for row in its.itertuples(index=False)]
-        assert f"| {cell}, {count:,} | {' | '.join(cells)} |" in learning
-    for row in ppo.itertuples(index=False):
-        parts = digits((row[6], row[10] / row[11], row[12]))
-        assert f"| {row.cell}, {row.H} | {row.N} | {parts} |" in learning
+        ways = [f"{row['torch.nn us']:,.0f} | {with_ends(row, 'module, ')} | {with_ends(row, 'Stream, ')}"
+                for row in its.to_dict("records")]  # fmt: skip
+        assert f"| {cell}, {count:,} | {' | '.join(ways)} |" in learning
+    for row in ppo.to_dict("records"):
+        quotient = {"rollout, times as fast": row["rollout, loop ms"] / row["rollout, one call ms"]}
+        parts = " | ".join(with_ends(quotient | row, name) for name in ("", "rollout, ", "iteration, "))
+        assert f"| {row['cell']}, {row['H']} | {row['N']} | {parts} |" in learning
+
+
+def test_the_tables_of_recurrent_ppo_are_written_with_percentiles_where_rows_have_them():
+    """Written from the stored rows, the page does not change."""
+    drawing, page = load(DOCS / "ppo_updates.py"), read("docs/reinforcement_learning.md")
+    iterations, steps = "| cell, units | environments |", "| cell, N |"
+    stored = pd.read_csv(CPU / "ppo.csv"), pd.read_csv(CPU / "acting.csv").query("device.str.endswith('1 thread')")
+    again = drawing.write(page, iterations, drawing.iterations(stored[0]))
+    assert drawing.write(again, steps, drawing.steps(stored[1])) == page
+    ends = {"times as fast": 9.994, "p20": 0.5, "p80": 9.995}
+    of = lambda *names: {f"{name}{each}": end for name in names for each, end in ends.items()}  # noqa: E731
+    of_ppo = pd.DataFrame([{"cell": "GRU", "H": 7, "N": 3} | of("", "rollout, ", "iteration, ")])
+    assert drawing.iterations(of_ppo) == [["GRU, 7", "3", *["9.99 (0.50 to 10.0)"] * 3]]
+    rows = [{"cell": "GRU", "N": 4096, "resets": on, "torch.nn us": 1234.5 + on} | of("module, ", "Stream, ")
+            for on in (True, False)]  # fmt: skip
+    both = ["9.99 (0.50 to 10.0)"] * 2
+    assert drawing.steps(pd.DataFrame(rows)) == [["GRU, 4,096", "1,234", *both, "1,236", *both]]
+    with pytest.raises(ValueError, match="one table"):
+        drawing.write("| cell, N |", steps, [])
 
 
 def test_the_speeds_of_the_slstm_are_those_of_the_stored_results():

@@ -338,7 +338,8 @@ def test_sb3_trains_with_the_policy_of_the_example_and_after_it_was_loaded(tmp_p
 
 
 class Counter(gymnasium.Env):
-    """An observation has the number of steps that the episode ran, and the number that it has in all."""
+    """An observation has the number of steps that the episode ran, and the number that it has in all. The latter says
+    whether the episode is terminated (2, 3, 5, 6) and whether it is truncated (1, 2, 4, 5)."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float64)
     action_space = gymnasium.spaces.Discrete(2)
@@ -350,8 +351,8 @@ class Counter(gymnasium.Env):
 
     def step(self, action):
         self.ran += 1
-        flags = [self.ran == self.last, False]  # terminated and truncated, or the other way round
-        return self.observed(), 0.0, *flags[:: 1 if self.last % 2 else -1], {}
+        ended = self.ran == self.last
+        return self.observed(), float(self.ran), ended and self.last % 3 != 1, ended and self.last % 3 != 0, {}
 
     def observed(self):
         return np.array([self.ran, self.last, 0.0, 0.0])
@@ -398,34 +399,187 @@ def test_the_acting_loop_resets_before_first_observations_and_the_update_repeats
         exec(update.replace("h_before[", "h[").replace("c_before[", "c["), names)
 
 
+@pytest.fixture
+def agent_and_critic(monkeypatch):
+    """Our LSTM, torch's with its weights, and a critic. gymnasium.make_vec makes Counters."""
+
+    def make_vec(*_, num_envs, vector_kwargs=None, **__):
+        return SyncVectorEnv([Counter] * num_envs, **(vector_kwargs or {}))
+
+    monkeypatch.setattr(gymnasium, "make_vec", make_vec)
+    agent, theirs = gpu_lstm.LSTM(4, H), nn.LSTM(4, H)
+    theirs.load_state_dict(agent.state_dict())
+    return agent, theirs, nn.Linear(H, 1)
+
+
+@torch.no_grad()
+def expected_advantages(theirs, critic, seed, steps):
+    """Return the advantages of the first steps of a Counter, and its episodes, both from one episode after another."""
+    env, rewards, values, following, lasts, done = Counter(), [], [], [], [], []
+    while len(rewards) < steps:
+        observations, ended = [env.reset(seed=None if rewards else seed)[0]], False
+        while not ended:
+            observation, reward, terminated, truncated, _ = env.step(0)
+            observations.append(observation)
+            rewards.append(reward)
+            ended = terminated or truncated
+            done.append(ended)
+        its = critic(theirs(torch.from_numpy(np.stack(observations))[:, None])[0])[:, 0, 0]
+        values += its[:-1].tolist()
+        following += [*its[1:-1].tolist(), 0.0 if terminated else its[-1].item()]
+        lasts.append(env.last)
+    advantages, carried = [], 0.0
+    for reward, value, after_it, end in reversed([*zip(rewards, values, following, done, strict=True)]):
+        carried = reward + 0.99 * after_it - value + 0.99 * 0.95 * (not end) * carried
+        advantages.insert(0, carried)
+    return advantages, lasts
+
+
+def complete(lasts, steps):
+    """Return how many of the first steps belong to episodes that end within them."""
+    whole = np.cumsum(lasts)
+    return int(whole[whole <= steps].max())
+
+
+def test_truncated_episodes_are_bootstrapped_from_the_state_before_the_reset(agent_and_critic):
+    """The page's loop for SAME_STEP, with Counters, against episodes that are run alone."""
+    agent, theirs, critic = agent_and_critic
+    loop, function = blocks("## Bootstrapping where an episode is truncated")
+
+    def found(loop):
+        names = dict(torch=torch, gymnasium=gymnasium, agent=agent, T=40, N=N, H=H)
+        with torch.no_grad():
+            exec(loop.replace("torch.nn.Linear(H, 1)", "given"), names | dict(given=critic) | (kept := {}), kept)
+            exec(function, kept | names, kept)
+        return kept["found"]
+
+    def check(found):
+        for n in range(N):
+            expected, lasts = expected_advantages(theirs, critic, n, 40)
+            assert {last % 3 for last in lasts} == {0, 1, 2}
+            close([found[: complete(lasts, 40), n]], [torch.tensor(expected[: complete(lasts, 40)])])
+
+    check(found(loop))
+    wrong = {"[None], (h, c))": "[None], (h, c), resets=start[None])", "truncated & ~terminated": "truncated"}
+    for right, other in wrong.items():
+        assert loop.count(right) == 1
+        with pytest.raises(AssertionError):
+            check(found(loop.replace(right, other)))
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED])
+@torch.no_grad()
+def test_the_value_of_the_last_observation_is_that_of_the_filler_or_of_a_step_before_a_reset(mode, agent_and_critic):
+    agent, theirs, critic = agent_and_critic
+    function = blocks("## Bootstrapping where an episode is truncated")[1].split("\n\n\n")[0]
+    exec(function, names := dict(torch=torch, gamma=0.99))
+    envs = gymnasium.make_vec(num_envs=N, vector_kwargs={"autoreset_mode": mode})
+    observation, rows = envs.reset(seed=0)[0], []
+    h = c = torch.zeros(1, N, H)
+    start, ended, T = torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool), 60
+    is_next = mode is AutoresetMode.NEXT_STEP
+    for _ in range(T + 1):
+        y, (h, c) = agent(torch.from_numpy(observation)[None], (h, c), resets=start[None])
+        observation, *rest, _ = envs.step(envs.action_space.sample())
+        reward, terminated, truncated = map(torch.from_numpy, rest)
+        done = terminated | truncated
+        if not is_next and done.any():
+            last = critic(agent(torch.from_numpy(observation)[None], (h, c))[0])[0, :, 0]
+            reward += 0.99 * (truncated & ~terminated) * last
+            observation, _ = envs.reset(options={"reset_mask": done.numpy()})
+        rows.append((reward, critic(y)[0, :, 0], terminated if is_next else done, done, ended & is_next))
+        start, ended = (ended if is_next else done), done
+    rewards, values, terminated, dones, fillers = map(torch.stack, zip(*rows))
+    found = names["advantages"](rewards[:T], values, terminated[:T], dones[:T])
+    assert fillers.any() == is_next
+    assert not rewards[fillers].any()
+    for n in range(N):
+        its = found[~fillers[:T, n], n]
+        expected, lasts = expected_advantages(theirs, critic, n, len(its))
+        count = complete(lasts, len(its))
+        close([its[:count]], [torch.tensor(expected[:count])])
+
+
+def test_a_stream_acts_as_the_module_does_in_the_update_also_after_the_weights_changed(agent_and_critic):
+    agent, theirs, _ = agent_and_critic
+    (block,) = blocks("### Acting with a Stream")
+    envs = gymnasium.make_vec(num_envs=N)
+    names = dict(torch=torch, gpu_lstm=gpu_lstm, envs=envs, agent=agent, T=20, N=N, start=torch.ones(N).bool())
+    exec(block, names)
+    observations, starts, _, y = map(torch.stack, zip(*names["steps"]))
+    assert starts[1:].any()
+    output, *_ = loop(theirs, observations, names["before"], starts)
+    close([y], [output])
+    with torch.no_grad():
+        for weight in [*agent.parameters(), *theirs.parameters()]:
+            weight.mul_(0.5)
+    names["stream"].reset()
+    close([names["stream"](observations[0])], theirs(observations[:1])[0])
+
+
 def test_sentences_on_speed_have_the_stored_results():
     """test_documentation.py compares the tables."""
     page, streaming = (" ".join(text.split()) for text in (PAGE, STREAMING))
     acting, ppo = (pd.read_csv(ROOT / "bench" / "results" / "cpu" / f"{name}.csv") for name in ("acting", "ppo"))
     acting = acting[acting["device"].str.endswith("1 thread")]
 
-    def longer(its, over):
-        return f"up to {(its / over).max() - 1:.0%} longer than".replace("%", " %")
-
     def span(cell, low, high, way, *resets):
         its = acting[acting["cell"].isin(cell) & acting["N"].between(low, high) & acting["resets"].isin(resets)]
         return "{:.2f} to {:.2f}".format(*its[f"{way}, times as fast"].agg(["min", "max"]))
 
-    share = (ppo["rollout, one call ms"] / ppo["rollout, loop ms"]).groupby(ppo["cell"]).agg(["min", "max"])
+    quotients = ppo["rollout, loop ms"] / ppo["rollout, one call ms"]
+    ppo["rollout"] = ppo.get("rollout, times as fast", quotients)
+    at = ppo.set_index(["cell", "N", "H"]).sort_index()
+    lstm_64, lstm_8, gru_8 = (at.loc[each] for each in (("LSTM", 64, 128), ("LSTM", 8, 128), ("GRU", 8, 128)))
+    notes, sure = [], at
+    if "rollout, times as fast" not in ppo:  # older rows
+        sure, quotient = at.drop([("LSTM", 64, 128)]), lstm_64["update, loop ms"] / lstm_64["update, one call ms"]
+        assert not lstm_64["p20"] < quotient < lstm_64["p80"]
+        notes = [f"the medians of the updates have the ratio {quotient:.2f}, and the ratios of the rounds have the "
+                 f"median {lstm_64['times as fast']:.2f}."]  # fmt: skip
+    share = sure["rollout"].groupby("cell").agg(["min", "max"])
     lstms, grus = ("{:.2f} to {:.2f}".format(*share.loc[cell]) for cell in ("LSTM", "GRU"))
-    stream = longer(acting["Stream us"], acting["module us"])
+    total = lambda cell, way: (  # noqa: E731
+        at[f"rollout, {way} ms"][cell, 8, 128] + 16 * at[f"update, {way} ms"][cell, 2, 128]
+    )
+    of_cleanrl = {cell: f"{total(cell, 'loop') / total(cell, 'one call'):.1f}" for cell in ("LSTM", "GRU")}
+    stream = acting["Stream, times as fast"] / acting["module, times as fast"]
+    stream = f"{stream.min():.2f} to {stream.max():.2f} times as fast as"
     cases = report.measured(results.read(ROOT / "bench/results/amd-epyc-1-thread.csv"))
+    by_case = cases.set_index(["case", "provider"])
+    kept = lambda cell, way: "{:.1f}".format(  # noqa: E731
+        by_case["kept_bytes"]["training-fp32-T128-B16-I128-H128-resets-2.0%" + cell, way] / 1e6
+    )
+    plain = cases[(cases["mode"] == "training") & (cases["variant"] == "plain") & (cases["reset_rate"] > 0)]
+    of_lstms = plain[(plain["cell"] == "lstm") & (plain["hidden_size"] <= 256) & (plain["reset_rate"] < 0.01)]
+    rare = of_lstms["over_ours"][of_lstms["provider"] == "rl_games-pieces"]
+    cut_or_pad = plain["over_ours"][plain["provider"].isin(["rl_games-pieces", "rsl_rl-padded", "torchrl-pad"])]
     cases = cases[(cases["mode"] == "step") & (cases["sequences"] == "full")].set_index(["provider", "case"])
-    steps = cases["over_ours"]["ours-stream"]
+    steps = 1 / cases["over_ours"]["ours-stream"]
     of_one = cases["over_ours"].xs("step-fp32-T1-B1-I128-H128-gru", level="case")
     both, few, many = ("LSTM", "GRU"), (2, 8, "Stream"), (64, 4096, "Stream")
     for text, said in (
-        (page, f"an LSTM's rollout takes {lstms} of the time with `nn.LSTM`"),
-        (page, f"a GRU's rollout takes {grus} of the time with `nn.GRU`"),
-        (page, f"`Stream` takes {stream} the module"),
-        (streaming, f"its module, {stream.removesuffix(' longer than')} in the timings of acting"),
-        (streaming, "it takes {:.0f} to {:.0f} % longer, and".format(*(100 * steps - 100).agg(["min", "max"]))),
-        (streaming, f"one sequence takes {of_one['ours-stream'] / of_one['torch']:.2f} times as long as `nn.GRU`"),
+        (page, f"a rollout is {lstms} times as fast with an LSTM, "),
+        (page, f"{grus} times with a GRU. CleanRL"),
+        (page, f"128 units would be {of_cleanrl['LSTM']} times as fast with an LSTM, and {of_cleanrl['GRU']} times"),
+        (page, "an update is {:.2f} times as fast with an LSTM and {:.2f} times".format(
+            *(each["times as fast"] for each in (lstm_8, gru_8)))),
+        (page, "A rollout without its environments is {:.2f} and {:.2f} times as fast".format(
+            *(each["rollout"] for each in (lstm_8, gru_8)))),
+        (page, "of both {:.2f} and {:.2f} times".format(
+            *(each["iteration, times as fast"] for each in (lstm_8, gru_8)))),
+        *((page, note) for note in notes),
+        (page, f"an LSTM keeps {kept('', 'ours')} MB for backward. The call for every step keeps "
+         f"{kept('', 'cleanrl-loop')} MB, pieces keep {kept('', 'rl_games-pieces')} MB, and rsl_rl's padding keeps "
+         f"{kept('', 'rsl_rl-padded')} MB. A GRU keeps {kept('-gru', 'ours')} MB, and its call for every step keeps "
+         f"{kept('-gru', 'cleanrl-loop')} MB."),
+        (page, "an update is {:.2f} to {:.1f} times as fast. No GPU".format(*cut_or_pad.agg(["min", "max"]))),
+        (page, "units is {:.2f} to {:.2f} times as fast as in pieces.".format(*rare.agg(["min", "max"]))),
+        (page, f"a step of acting is {span(both, 64, 4096, 'module', False, True)} times as fast."),
+        (page, f"A `Stream` is {stream} the module"),
+        (streaming, f"a `Stream` is {stream} a call of its module"),
+        (streaming, "and {:.2f} to {:.2f} times in the steps of".format(*steps.agg(["min", "max"]))),
+        (streaming, f"one sequence is {of_one['torch'] / of_one['ours-stream']:.2f} times as fast as `nn.GRU`"),
         (page, f"the module is {span(both, 64, 4096, 'module', False, True)} times as fast"),
         *((streaming, f"| {of}, 2 or 8 | {span([of], *few, False)} | {span([of], *few, True)} |") for of in both),
         (streaming, f"| LSTM or GRU, 64 to 4,096 | {span(both, *many, False)} | {span(both, *many, True)} |"),
