@@ -80,7 +80,7 @@ mutants: $(INSTALLED)
 
 # Makes random calls for ten minutes, and compares each with the oracle. Memory, files and threads may not grow.
 soak: $(INSTALLED)
-	$(NO_GPU) PYTHONPATH=tests TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python dev/soak.py $(SOAK)
+	$(NO_GPU) PYTHONPATH=tests/support TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python dev/soak.py $(SOAK)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench

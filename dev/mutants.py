@@ -47,7 +47,7 @@ LEAST_SECONDS, TIMES_AS_LONG = 30, 4
 WITHOUT_A_FAULT = 900  # seconds that a test file may take without a fault
 START = 3  # seconds until a test file has been imported
 IMPORTED = 0, 0  # the lines of a fault in CUDA C++, or in a statement that is executed when its file is imported
-HOST = "tests/host_cuda.py"  # tests that execute it execute the kernels in CUDA C++
+HOST = "tests/support/host_cuda.py"  # tests that execute it execute the kernels in CUDA C++
 
 
 class Mutant(NamedTuple):
@@ -233,7 +233,7 @@ def own_copy(snapshot: Path) -> Path:
     shutil.copytree(snapshot, tree)
     os.environ |= dict(PYTHONPATH=str(tree), XDG_CACHE_HOME=str(tree / "out" / "cache"))
     os.environ |= dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    own = ROOT, ROOT / "dev", ROOT / "tests"
+    own = ROOT, ROOT / "dev", ROOT / "tests", ROOT / "tests/support"
     sys.path[:] = [str(tree), *(path for path in sys.path if path and Path(path).resolve() not in own)]
     for name in ("hypothesis", "torch._dynamo", "triton.language"):
         importlib.import_module(name)

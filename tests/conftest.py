@@ -243,7 +243,7 @@ def compiled(request, tmp_path_factory) -> dict:
     with open(base / "compiled.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other workers wait for the first
         if not (base / "compiled.json").exists():
-            found = subprocess.check_output([sys.executable, ROOT / "tests/compiling.py", how], env=environment)
+            found = subprocess.check_output([sys.executable, ROOT / "tests/support/compiling.py", how], env=environment)
             (base / "compiled.json").write_bytes(found)
     return json.loads((base / "compiled.json").read_text())
 

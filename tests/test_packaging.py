@@ -72,7 +72,12 @@ def test_the_sdist_has_all_that_is_in_git_and_both_pass_the_checks_of_the_index(
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     tracked = listing.stdout.splitlines() if listing.returncode == 0 else []  # an sdist's own tests have no git
     assert {name for name in tracked if (ROOT / name).exists()} - names <= {".gitignore"}
-    of_kinds = "tests/host_cuda.h", "tests/driver_stub.c", "docs/pictures/denoise.png", "kernels/cupy_rnn/cuda/steps.cu"
+    of_kinds = (
+        "tests/support/host_cuda.h",
+        "tests/support/driver_stub.c",
+        "docs/pictures/denoise.png",
+        "kernels/cupy_rnn/cuda/steps.cu",
+    )
     assert {*of_kinds} <= names
 
 
@@ -136,7 +141,7 @@ def test_importing_it_is_cheap_and_writes_nothing_and_packages_that_are_missing_
     assert needs_cupy in doctor
 
 
-PROGRAM = Path(__file__).with_name("typed_program.py")
+PROGRAM = ROOT / "tests/support/typed_program.py"
 STRICT = """[mypy]
 [mypy-program,mistakes,gpu_lstm.*]  # all other modules as make lint has them, whose cache is used
 check_untyped_defs = true

@@ -15,7 +15,7 @@ import torch
 from gpu_lstm.verification.timing import ROUNDS
 
 triton = pytest.importorskip("triton")
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "support"
 INCLUDE = Path(triton.__file__).parent / "backends/nvidia/include"
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real driver")
@@ -42,7 +42,7 @@ def rehearse(driver, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
         "TRITON_LIBCUDA_PATH": str(driver), "TRITON_CACHE_DIR": str(tmp_path / "triton"), "OMP_NUM_THREADS": "1",
         "XDG_CACHE_HOME": str(tmp_path), "DRIVER_STUB_LOG": str(tmp_path / "log"),
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, sys.path)]),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *filter(None, sys.path)]),
     }  # fmt: skip
 
     def rehearse(scenario, **settings):

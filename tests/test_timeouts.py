@@ -19,7 +19,7 @@ from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.threads import cooperative as cooperative_kernels
 
-CPU, HERE = torch.device("cpu"), str(Path(__file__).parent)
+CPU, HERE = torch.device("cpu"), str(Path(__file__).parent / "support")
 EXPECTED = (
     r"cooperative_backward_kernel timed out at step 7 on cpu: .* the results of that launch, and of all launches "
     "since, are wrong"

@@ -1,4 +1,4 @@
-// The instructions that C++ cannot express, and the function of every access to memory. On a CPU tests/host_cuda.h
+// The instructions that C++ cannot express, and the function of every access to memory. On a CPU tests/support/host_cuda.h
 // replaces this file.
 
 struct float16 {

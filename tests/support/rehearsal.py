@@ -1,6 +1,6 @@
 """A process with a card that lacks only its driver. driver_stub.c replaces the driver, and everything above it is real.
 
-    python tests/rehearsal.py NAME    # runs a function below; the last line is its result, as JSON
+    python tests/support/rehearsal.py NAME    # runs a function below; the last line is its result, as JSON
 
 Tensors are on the CPU, and layers are told that they run on cuda:0. Kernels compute nothing.
 """

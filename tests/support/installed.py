@@ -13,7 +13,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = [Path(folder) for folder in sys.path if Path(folder).name == "site-packages"]
 
 

@@ -1,6 +1,6 @@
 """Compiles kernels for the tests.
 
-    python tests/compiling.py quick|usual|whole        # prints the facts that test_compile checks, as JSON
+    python tests/support/compiling.py quick|usual|whole        # prints the facts that test_compile checks, as JSON
 
 This is a process of its own, since kernels in the process of the tests may belong to Triton's interpreter. `make test`
 compiles the kernels whose instructions are counted, and those that exchange words. `make test-deep` compiles every
