@@ -93,13 +93,15 @@ FIRST_CALLS = """
     verify._verdict = verdict
     x, H = torch.randn(50, 5, 3), int(sys.argv[1])
     lengths, resets = torch.tensor([50, 3, 0, 9, 20]), torch.rand(50, 5) < 0.2
+    ragged = ({}, dict(lengths=lengths), dict(lengths=lengths.int()))
+    calls = [(x[:1], {}), *((x, each | more) for each in ragged for more in ({}, dict(resets=resets)))]
     cells, kinds = ["LSTM", "GRU", "SLSTM"], [False, True]
     for cell, both, backend, lost in itertools.product(cells, kinds, [None, "numba"], range(3)):
         module = getattr(gpu_lstm, cell)(3, H, bidirectional=both, backend=backend)
-        for given in ({}, dict(lengths=lengths), dict(resets=resets), dict(lengths=lengths, resets=resets)):
+        for sequences, given in calls:
             with torch.no_grad():
-                module(x, **given)
-            y, state = module(x, **given)
+                module(sequences, **given)
+            y, state = module(sequences, **given)
             h_n = state if cell == "GRU" else state[0]
             sum(t.square().mean() for t in ([y], [h_n], [y, h_n])[lost]).backward()
     print([build.function(name).compiled.cache_hits for name in ("forward", "backward")])

@@ -13,6 +13,7 @@ from ..dispatch import available
 from ..kernels.contract import launcher_of
 
 X, LENGTHS, RESETS = torch.zeros(4, 3, 1), torch.tensor([4, 3, 2]), torch.ones(4, 3, dtype=torch.bool)  # T = 4, B = 3
+CALLS = [(X[:1], None, None), *product([X], (None, LENGTHS, LENGTHS.int()), (None, RESETS))]
 
 
 def compile_loops(cells: Iterable[str], sizes: Iterable[int]) -> str:
@@ -23,11 +24,11 @@ def compile_loops(cells: Iterable[str], sizes: Iterable[int]) -> str:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "gpu_lstm: ")
-        for cell, hidden, lengths, resets in product(cells, sizes, (None, LENGTHS), (None, RESETS)):
+        for cell, hidden, (x, lengths, resets) in product(cells, sizes, CALLS):
             module = getattr(modules, cell.upper())(1, hidden, bidirectional=True, backend="numba")
             with torch.no_grad():
-                module(X, lengths=lengths, resets=resets)
-            output, states = module(X, lengths=lengths, resets=resets)
+                module(x, lengths=lengths, resets=resets)
+            output, states = module(x, lengths=lengths, resets=resets)
             of_output, of_states = output.sum(), sum(t.sum() for t in states)
             for loss in (of_output, of_states, of_output + of_states):
                 loss.backward(retain_graph=True)
