@@ -87,6 +87,9 @@ class Launcher(Protocol):
     def multiplies_x(self, problem: Problem) -> bool:
         """Return whether forward computes W_ih x, if nothing else is a part of the gates before the loop."""
 
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a [M, K] b [K, N], a product over all steps. It runs outside the time loop."""
+
     def choose(
         self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
     ) -> Any:

@@ -1,6 +1,6 @@
 """One layer in one direction, forward and backward: the time loop by kernels, the rest by products over all steps."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -109,10 +109,12 @@ def gradients(
         i = i._replace(c0=i.c0.float())
     r = Recurrence(i, steps.norm_hh, steps.norm_c)
     loop = layer.backward(dh, dh_n, dc_n, steps.gates, saved.c, r, "h0" in needed)
-    return _after_the_loop(steps, loop, needed)
+    return _after_the_loop(steps, loop, needed, layer.launcher.product)
 
 
-def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[str, Tensor | None]:
+def _after_the_loop(
+    steps: AllSteps, loop: Gradients, needed: Set[str], product: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor | None]:  # fmt: skip
     """Compute the other gradients by products and sums over all steps, and return all gradients by name.
 
     `loop` are the gradients that the time loop returned. In padding dgates are zero, but zero times a NaN is NaN. So
@@ -121,9 +123,13 @@ def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[
     i, cell, hidden = steps.inputs, steps.cell, steps.hidden
     d: dict[str, Tensor | None] = {"h0": loop.dh0, "reset_c": loop.dreset_c}
     x = i.x if i.lengths is None else without_padding(i.x, i.lengths)
+
+    def by_rows(t: Tensor, weight: Tensor) -> Tensor:
+        return product(t.flatten(0, 1), weight).unflatten(0, t.shape[:2])
+
     dz_x, dz_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)  # gradients of W_ih x and of W_hh h
     if i.gain_ih is not None:
-        dz_x, d["gain_ih"] = layer_norm.gradients(dz_x, normed_of(x @ i.weight_ih.T, i.gain_ih))
+        dz_x, d["gain_ih"] = layer_norm.gradients(dz_x, normed_of(by_rows(x, i.weight_ih.T), i.gain_ih))
     if steps.norm_hh is not None:
         dz_h, d["gain_hh"] = layer_norm.gradients(dz_h, steps.norm_hh)
     if steps.norm_c is not None:
@@ -131,15 +137,15 @@ def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[
     dz_x_rows = dz_x.flatten(0, 1).T  # [rows H, T*B]
     dz_h_rows = dz_x_rows if dz_h is dz_x else dz_h.flatten(0, 1).T
     if "x" in needed:
-        d["x"] = dz_x if i.weight_ih is None else dz_x @ cell.from_torch(i.weight_ih, hidden)
+        d["x"] = dz_x if i.weight_ih is None else by_rows(dz_x, cell.from_torch(i.weight_ih, hidden))
     if "c0" in needed:
         d["c0"] = loop.dc0.to(i.c0.dtype)
     if "weight_ih" in needed:
-        d["weight_ih"] = cell.to_torch(dz_x_rows @ x.flatten(0, 1), hidden)
+        d["weight_ih"] = cell.to_torch(product(dz_x_rows, x.flatten(0, 1)), hidden)
     if "weight_hh" in needed:
         h = steps.operand.flatten(0, 1)  # [T*B, P]
         count = steps.heads
-        d["weight_hh"] = dz_h_rows @ h if count == 1 else heads.gradient_of_weight(dz_h_rows, h, count)
+        d["weight_hh"] = product(dz_h_rows, h) if count == 1 else heads.gradient_of_weight(dz_h_rows, h, count)
     if "bias_ih" in needed or "bias_hh" in needed:
         dbias = loop.dgates.sum((0, 1))  # [4H]
         d["bias_ih"] = cell.to_torch(cell.of_x(dbias, hidden), hidden)

@@ -12,6 +12,7 @@ DEVICES = ("cpu",)
 IN_FLOAT32 = torch.float16, torch.bfloat16
 DTYPES = *IN_FLOAT32, torch.float32
 LOOPS = "forward", "backward"  # of steps.py
+MATMUL = "matmul"  # of steps.py, for gradients after the loop
 PACKAGES = "numba", "llvmlite"
 OLDEST = 0, 61
 NEEDS = f'Numba: pip install "numba>={OLDEST[0]}.{OLDEST[1]}"'

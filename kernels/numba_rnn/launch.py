@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import by_steps
 from ..by_steps import Part
+from ..cache import warn_once
 from ..cards import Card
 from ..cells import CELLS
 from ..contract import Chosen, Launches, NoKernel, OnlyPlan, Refuses, Timer
@@ -19,8 +20,8 @@ from ..heads import arranged
 from ..layer import aligned, is_product_alone
 from ..memory import Buffer, checking, margins
 from ..problem import Pass, Problem, Recurrence, in_the_loop
-from . import LOOPS, build, equations, record
-from .product import SEQUENCES, whole_vectors
+from . import LOOPS, MATMUL, build, equations, record
+from .product import DEEP, SEQUENCES, TALL, whole_vectors
 from .tile import SIZE
 
 BACKEND = "numba"
@@ -32,6 +33,7 @@ PLAIN = {"h0", "c0", "weight_hh", "bias_hh", "resets", "lengths"}
 CHUNK = 64  # rows of x that are multiplied at once; for one sequence at a time, an eighth of that
 LEAST = 1 << 14  # T B H for which another thread pays
 FEW_STEPS = 8  # so many products read W_hh as it is, because a copy in panels costs more than it gains
+LARGE = 1 << 23  # M K N of a product that takes no longer than torch's
 OF_A_TRIAL = 2  # the same in a trial, so that it covers both products
 W_HH, X, GATES, MAKES_PANELS = map(record.PLAIN.index, ("weight_hh", "x", "gates", "makes_panels"))
 CODES = dict(zip(("lstm", "gru", "slstm"), equations.CELLS))
@@ -158,6 +160,45 @@ def run_all(p: Problem, backward: bool, trial: bool, arguments: dict[str, Any]) 
     launch(LOOPS[backward], call, given, count)
 
 
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write a [M, K] b [K, N] to `out`, a contiguous tensor, by the compiled product of matrices."""
+    a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
+    (M, K), N = a.shape, b.shape[1]
+    count = max(1, min(torch.get_num_threads(), M // TALL))
+    share, size = ceil(M / count / TALL) * TALL, DEEP * whole_vectors(N) + TALL * DEEP + record.SCRATCH
+    memory, taken = out.new_empty(count, size), torch.zeros((), dtype=torch.int64, device="cpu")
+    addresses = [t.data_ptr() for t in (a, b, out, memory, taken)]
+    call = np.array([*addresses, M, K, N, *a.stride(), *b.stride(), share, size], np.int64)
+    build.run(build.function(MATMUL), call.ctypes.data, count)
+
+
+@cache
+def multiplies_right() -> bool:
+    """Check the compiled product once in a process, by products of integers, which are exact in float32."""
+    numbers = torch.arange(-350.0, 350, device="cpu").remainder(7)  # [700], more than DEEP
+    tall, wide = (torch.stack([numbers.roll(n * n) for n in range(count)]) for count in (2 * TALL + 3, 51))
+    ways = [(a, b) for a in (tall, tall.T.contiguous().T) for b in (wide.T, wide.T.contiguous())]  # [131, 700 and 51]
+    try:
+        for a, b in ways:
+            found = {"out": a.new_empty(len(tall), len(wide))}
+            with margins(MATMUL, found) as inside:
+                multiply(a, b, inside["out"])
+            if not torch.equal(found["out"], torch.mm(a, b)):
+                raise RuntimeError(f"wrong numbers, where strides are {a.stride()} and {b.stride()}")
+    except RuntimeError as error:
+        warn_once(f"the compiled product of matrices fails on this CPU, so torch's own runs instead: {error}")
+        return False
+    return True
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    (M, K), N = a.shape, b.shape[1]
+    if M < TALL or M * K * N < LARGE or not multiplies_right():
+        return torch.mm(a, b)
+    multiply(a, b, out := a.new_empty(M, N))
+    return out
+
+
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
     """See contract.Launcher, like the functions below."""
     outside, backward = problem.projected > 0 and not problem.projects_in_loop, pass_.backward
@@ -211,6 +252,8 @@ def choose(
     problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
 ) -> OnlyPlan:
     # Compile before the trial: a user may end the process meanwhile, and a trial that ended is a verdict.
+    if pass_.backward:  # before the loop, so that whoever finds the loop on disk finds both
+        build.function(MATMUL)
     build.function(LOOPS[pass_.backward])
     if refuses is not None and (reason := refuses(PLAN)):
         raise NoKernel(f"no compiled loop can run this layer on this CPU: {reason}")

@@ -15,7 +15,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from .functions import compiled, floats
-from .tile import SIZE, ZERO, move
+from .tile import SIZE, ZERO, fill, move
 
 FEATURES = (get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")
 LANES = 16 if "+avx512f" in FEATURES else 8 if "+avx2" in FEATURES else 4
@@ -24,6 +24,7 @@ VECTORS = 3
 PANEL, HALF = LANES * VECTORS, LANES // 2  # columns of a panel; rows that `dots` multiplies at once
 ADDENDS = 128  # the most products that are added one after another; the error of a longer sum would be larger
 SEQUENCES = 4  # a thread takes a multiple of so many
+TALL, DEEP = 64, 512  # rows and addends of a block of a product of two matrices
 REAL, INDEX = ir.FloatType(), ir.IntType(64)
 VECTOR = ir.VectorType(REAL, LANES)
 ZEROS = ir.Constant(VECTOR, [0.0] * LANES)
@@ -76,13 +77,24 @@ class Emit:
 
 
 def emitted(count: int) -> Any:
-    """A decorator: turn emit(Emit, *arguments) into a compiled function of one tuple of `count` addresses and sizes."""
+    """A decorator: turn emit(Emit, *arguments) into a compiled function of one tuple of `count` addresses and sizes.
+
+    It stands once in a loop, and is not inlined, which would take LLVM longer.
+    """
 
     def function(emit: Any) -> Any:
         @intrinsic
         def of(context: Any, arguments: Any) -> Any:
             def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-                emit(Emit(builder), *[builder.extract_value(given[0], k) for k in range(count)])
+                kind = ir.FunctionType(ir.VoidType(), [INDEX] * count)
+                function = get_or_insert_function(builder.module, kind, f"gpu_lstm.{emit.__name__}")
+                if not function.blocks:
+                    function.linkage = "linkonce_odr"
+                    function.attributes.add("noinline")
+                    of_function = ir.IRBuilder(function.append_basic_block())
+                    emit(Emit(of_function), *function.args)
+                    of_function.ret_void()
+                builder.call(function, [builder.extract_value(given[0], k) for k in range(count)])
                 return context.get_dummy_value()
 
             return types.void(types.UniTuple(types.intp, count)), generate
@@ -191,11 +203,11 @@ vectors_of = compiled(whole_vectors)
 
 
 @compiled
-def by_panels(x, x_stride, panels, out, out_stride, count, K, N, scratch):
+def by_panels(x, x_stride, panels, out, out_stride, count, K, N, scratch, adds=0):
     """out [count, N] = x [count, K] weight [K, N], whose panels are [K, columns] with up to PANEL columns each.
 
     x, panels, out and scratch are addresses. Rows of x and out are x_stride and out_stride elements apart.
-    `scratch` has room for HEIGHT * PANEL numbers.
+    `scratch` has room for HEIGHT * PANEL numbers. If `adds` is not 0, the product is added to `out`.
     """
     for n in range(0, N, PANEL):
         columns = min(PANEL, N - n)
@@ -206,9 +218,12 @@ def by_panels(x, x_stride, panels, out, out_stride, count, K, N, scratch):
             to = out + SIZE * (b * out_stride + n)
             place, stride = (to, out_stride) if columns % LANES == 0 else (scratch, PANEL)
             of_x, panel, k = x + SIZE * b * x_stride, panels + SIZE * n * K, 0
+            if columns % LANES and adds:
+                for r in range(rows):
+                    move(scratch, r * PANEL, to, r * out_stride, columns)
             while k < K:  # a loop over a range would take longer
                 at = of_x + SIZE * k, x_stride, panel + SIZE * k * vectors * LANES
-                block((rows, vectors, *at, place, stride, min(ADDENDS, K - k), k))
+                block((rows, vectors, *at, place, stride, min(ADDENDS, K - k), k + adds))
                 k += ADDENDS
             if columns % LANES:
                 for r in range(rows):
@@ -254,26 +269,51 @@ def transpose(e: Emit, weight: Any, weight_stride: Any, panel: Any, wide: Any) -
 @compiled
 def into_rows(weight, stride_k, stride_n, rows, wide, K, N, columns):
     """Copy a weight [K, N] into rows of `columns` numbers, `wide` elements apart, with zeros past N."""
-    w, out = floats(weight), floats(rows)
+    w, out, given = floats(weight), floats(rows), min(N, columns)
     for k in range(K):
-        for j in range(columns):
-            out[k * wide + j] = w[k * stride_k + j * stride_n] if j < N else ZERO
+        if stride_n == 1:
+            move(rows, k * wide, weight, k * stride_k, given)
+        else:
+            for j in range(given):
+                out[k * wide + j] = w[k * stride_k + j * stride_n]
+        fill(rows, k * wide + given, ZERO, columns - given)
+
+
+@compiled
+def turned(t, stride, rows, wide, K, N):
+    """rows [K, columns] = t [N, K]^T, with zeros past N in a whole vector. Rows are `stride` and `wide` apart."""
+    for k in range(0, K, LANES):
+        for j in range(0, N, LANES):
+            given, to = t + SIZE * (k + j * stride), rows + SIZE * (k * wide + j)
+            if K - k < LANES or N - j < LANES:
+                into_rows(given, 1, stride, to, wide, min(LANES, K - k), N - j, LANES)
+            else:
+                transpose((given, stride, to, wide))
 
 
 @compiled
 def into_panels(weight, stride_k, stride_n, panels, K, N):
     """Copy a weight [K, N] with these strides into panels for `by_panels`, with zeros past N."""
     for n in range(0, N, PANEL):
-        wide = min(PANEL, vectors_of(N - n))
-        at, panel = weight + SIZE * n * stride_n, panels + SIZE * n * K
-        if stride_k != 1:
-            into_rows(at, stride_k, stride_n, panel, wide, K, N - n, wide)
-            continue
-        for k in range(0, K, LANES):
-            for j in range(0, wide, LANES):
-                rows, columns = min(LANES, K - k), min(LANES, N - n - j)
-                given, to = at + SIZE * (k + j * stride_n), panel + SIZE * (k * wide + j)
-                if rows == columns == LANES:
-                    transpose((given, stride_n, to, wide))
-                else:
-                    into_rows(given, 1, stride_n, to, wide, rows, columns, LANES)
+        columns, at, panel = min(PANEL, N - n), weight + SIZE * n * stride_n, panels + SIZE * n * K
+        wide = vectors_of(columns)
+        if stride_k == 1:
+            turned(at, stride_n, panel, wide, K, columns)
+        else:
+            into_rows(at, stride_k, stride_n, panel, wide, K, columns, wide)
+
+
+@compiled
+def matrices(p, first, end, memory):
+    """Compute the rows from `first` to `end` of a record.MATMUL, in blocks of K and of rows that stay in a cache."""
+    rows = memory + SIZE * DEEP * vectors_of(p.N)
+    scratch = rows + SIZE * TALL * DEEP
+    for k in range(0, p.K, DEEP):
+        deep = min(DEEP, p.K - k)
+        into_panels(p.b + SIZE * k * p.b_k, p.b_k, p.b_n, memory, deep, p.N)
+        for m in range(first, end, TALL):
+            count, x, stride = min(TALL, end - m), p.a + SIZE * (m * p.a_m + k * p.a_k), p.a_m
+            if p.a_k != 1:
+                turned(x, p.a_k, rows, DEEP, count, deep)
+                x, stride = rows, DEEP
+            by_panels(x, stride, memory, p.out + SIZE * m * p.N, p.N, count, deep, p.N, scratch, k)

@@ -43,5 +43,11 @@ SIZES = *OF_A_PART, "step", "multiplies"  # the first step; whether all steps an
 CALL = np.dtype([(name, np.int64) for name in dict.fromkeys((*PLAIN, *TENSORS, *SIZES))])
 """The argument of the loops: the addresses of tensors, 0 for absent ones, and sizes."""
 call_at = cast(types.intp, from_dtype(CALL), "inttoptr")
+MATMUL = np.dtype([(name, np.int64) for name in (
+    "a", "b", "out", "memory", "taken",  # [M, K]; [K, N]; [M, N]; [shares, size]; int64, the shares that are taken
+    "M", "K", "N", "a_m", "a_k", "b_k", "b_n", "share", "size",  # a_m to b_n are strides; rows of a share; see `memory`
+)])  # fmt: skip
+"""The argument of `matmul`. One of a_m and a_k is 1, and one of b_k and b_n."""
+product_at = cast(types.intp, from_dtype(MATMUL), "inttoptr")
 STOPS = OF_Z, OF_C, OF_M, OF_HIDDEN = range(4)
 SCRATCH = ROWS * UNITS  # numbers of a tile; during a product, sums of a tile of the product

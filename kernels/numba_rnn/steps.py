@@ -10,8 +10,8 @@ import numpy as np
 
 from . import equations
 from .functions import F, compiled, flags, floats, numbers, take
-from .product import by_panels, by_rows, into_panels, vectors_of
-from .record import OF_C, OF_HIDDEN, OF_M, OF_Z, SCRATCH, call_at
+from .product import by_panels, by_rows, into_panels, matrices, vectors_of
+from .record import OF_C, OF_HIDDEN, OF_M, OF_Z, SCRATCH, call_at, product_at
 from .tile import (
     CONSTANTS,
     GATES,
@@ -427,3 +427,12 @@ def forward(address):
 def backward(address):
     """Run a call of the backward pass, which is at an address."""
     run(call_at(address), True)
+
+
+def matmul(address):
+    """Compute a product of two matrices, whose record.MATMUL is at an address. A thread takes a share at a time."""
+    p = product_at(address)
+    number = take(p.taken)
+    while number * p.share < p.M:
+        matrices(p, number * p.share, min((number + 1) * p.share, p.M), p.memory + SIZE * number * p.size)
+        number = take(p.taken)

@@ -155,6 +155,9 @@ def multiplies_x(problem: Problem) -> bool:
     return False
 
 
+product = torch.mm
+
+
 def choose(
     problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
 ) -> Plan:  # fmt: skip
