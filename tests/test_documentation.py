@@ -206,25 +206,33 @@ OF_README = {  # how a row of the README begins, its case, and its rival
 
 def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_those_of_the_pages():
     readme = read(README)
-    cases = report.measured(results.read(ONE_THREAD)).set_index(["case", "provider"])["over_ours"]
+    cases, of_xeon = (
+        report.measured(results.read(CPU.parent / f"{name}-1-thread.csv")).set_index(["case", "provider"])["over_ours"]
+        for name in ("amd-epyc", "intel-xeon")
+    )
     ppo = pd.read_csv(CPU / "ppo.csv").query("cell == 'LSTM' and N == 8 and H == 128")
     update, iteration = (ppo[name].item() for name in ("times as fast", "iteration, times as fast"))
     rows = {**cases, OF_README["update an LSTM by recurrent PPO, with 8 environments"]: update}
+    cell = lambda figure: "–" if figure is None else f"{figure:.2f}"  # noqa: E731, RUF001
     table = re.search(r"## Speed on a CPU\n(.*?)\n## ", readme, flags=re.DOTALL)[1]
-    lines = [line.removeprefix("| ") for line in table.splitlines() if re.search(r"\d \|$", line)]
+    lines = [line.removeprefix("| ") for line in table.splitlines() if re.search(r"\d \| \S+ \|$", line)]
     for line, (begin, key) in zip(lines, OF_README.items(), strict=True):
         assert line.startswith(begin)
-        assert line.endswith(f"| {rows[key]:.2f} |"), (line, rows[key])
+        assert line.endswith(f"| {cell(rows[key])} | {cell(of_xeon.get(key))} |"), (line, rows[key])
     of_torch, words = cases.xs("torch", level="provider"), " ".join(readme.split())
+    gru = OF_README["train a GRU |"]
+    assert f"{cases[gru]:.2f} times as fast as `nn.GRU` on an AMD EPYC, and {of_xeon[gru]:.2f} times as fast" in words
+    loop, plain = (("training-fp32-T128-B16-I128-H128", name) for name in ("ours-reference", "torch"))
+    assert [round(each[loop] / each[plain]) for each in (cases, of_xeon)] == [3, 5]  # "a third", "a fifth"
     assert of_torch.idxmax().endswith("H32-gru")
     assert of_torch.idxmin().endswith("-layer_norm")
     span = f"from {of_torch.max():.1f} times as fast (a GRU of 32 units) to {of_torch.min():.2f} (layer norm)"
     assert span in words
-    assert f"a rollout and four updates, and is {iteration:.2f} times as fast" in words
+    assert f"a rollout and four updates. It is {iteration:.2f} times as fast" in words
     compiled = re.findall(r"(?m)^\| `(\w+)`", read("dev/compile_table/README.md"))
     for counted, name in (set(compiled), "kernels"), (compiled, "combinations"):
         assert re.findall(rf"\b(\d+) {name}\b", words) == [str(len(counted))] * 2
-    (runs,) = re.findall(r"right in ([\d,]+) runs", read("docs/testing.md"))
+    (runs,) = re.findall(r"in ([\d,]+) runs", read("docs/testing.md"))
     assert set(re.findall(r"([\d,]+)\s+runs\b", readme)) == {runs}
 
 
