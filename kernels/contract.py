@@ -71,6 +71,8 @@ class Launcher(Protocol):
     """A backend, as the module kernels/NAME_rnn/launch.py has it."""
 
     BACKEND: str  # its name
+    product: Callable[[Tensor, Tensor], Tensor]
+    """product(a, b) returns a [M, K] b [K, N], a product over all steps. It runs outside the time loop."""
 
     def card_of(self, device: torch.device) -> Card:
         """Return the part of a device that plans may use.
@@ -86,9 +88,6 @@ class Launcher(Protocol):
 
     def multiplies_x(self, problem: Problem) -> bool:
         """Return whether forward computes W_ih x, if nothing else is a part of the gates before the loop."""
-
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return a [M, K] b [K, N], a product over all steps. It runs outside the time loop."""
 
     def choose(
         self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None

@@ -7,6 +7,9 @@
     sLSTM  k = l_prev + log sigmoid(z_f)    a = z_i - k    u = sigmoid(a)    c = c_prev + u * (tanh(z_g) - c_prev)
            l = max(k, z_i) + log(1 + e^-|a|)               o = sigmoid(z_o)  m = o * c
 
+The paper of the sLSTM has a cell state, a normaliser n and a stabiliser m. Here c is its cell state divided by n, and l
+is m + log n of the paper.
+
 m is the output of the cell. The hidden state is h = W_hr m with a projection, and h = m without one. Each module of
 gpu_lstm/equations/ names the paper of its cell.
 
@@ -38,10 +41,13 @@ from typing import Any
 
 def next_cell(gates, c_prev, S):
     """Return c after a step, from the four activated gates and c before the step."""
-    return (
-        c_prev + gates[0] * (gates[2] - c_prev) if S.CELL == SLSTM else
-        gates[2] + gates[1] * (c_prev - gates[2]) if S.CELL == GRU else gates[1] * c_prev + gates[0] * gates[2]
-    )  # fmt: skip
+    if S.CELL == SLSTM:
+        c = c_prev + gates[0] * (gates[2] - c_prev)
+    elif S.CELL == GRU:
+        c = gates[2] + gates[1] * (c_prev - gates[2])
+    else:
+        c = gates[1] * c_prev + gates[0] * gates[2]
+    return c
 
 
 def cell_forward(x, z, c_prev, rest, constants, peepholes, S):
@@ -88,7 +94,13 @@ def cell_forward(x, z, c_prev, rest, constants, peepholes, S):
 
 def output(o, v, S):
     """Return m, from the last gate o and from v, which is c or LN(c)."""
-    return o * v if S.CELL == SLSTM else v if S.CELL == GRU else o * tanh(v)
+    if S.CELL == SLSTM:
+        m = o * v
+    elif S.CELL == GRU:
+        m = v
+    else:
+        m = o * tanh(v)
+    return m
 
 
 def output_backward(o, v, dm, S):

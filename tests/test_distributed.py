@@ -84,7 +84,7 @@ def agreed(backend, rank, folder):
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setenv("XDG_CACHE_HOME", str(folder / f"cache {rank}"))
         patch.setattr(triton_rnn, "DEVICES", ("cpu",))
-        patch.setattr(race, "race", lambda rivals, now: seconds)
+        patch.setattr(race, "times_of", lambda rivals, now: seconds)
         for hidden in (5, 9) if rank else (9, 5):
             lstm = gpu_lstm.LSTM(I, hidden)
             call = lstm._request(torch.zeros(T, B, I))

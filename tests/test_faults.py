@@ -266,7 +266,7 @@ def test_kernels_of_another_batch_or_process_are_verified_before_they_run(verdic
 
     monkeypatch.setattr(choose, "candidates", of_batch)
     verdicts.side_effect = lambda layer, pass_, inputs, plan: "wrong" if plan.num_warps in wrong else "right"
-    monkeypatch.setattr(race, "race", lambda rivals, now: {name: [1.0 + (name == "torch")] * 9 for name in rivals})
+    monkeypatch.setattr(race, "times_of", lambda rivals, now: {name: [1.0 + (name == "torch")] * 9 for name in rivals})
     with torch.no_grad(), gpu_lstm.racing("on"):
         wrong = [4]
         _, expected = call(3)

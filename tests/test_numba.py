@@ -41,7 +41,7 @@ def test_a_kind_of_call_is_raced_once(monkeypatch, nothing_cached, winner, train
     raced = Mock(
         side_effect=lambda rivals, now: {name: (run(), [seconds[name]] * 3)[1] for name, run in rivals.items()}
     )
-    monkeypatch.setattr(race, "race", raced)
+    monkeypatch.setattr(race, "times_of", raced)
     gru, lstm, x = gpu_lstm.GRU(3, 6), gpu_lstm.LSTM(3, 6), torch.randn(20, 2, 3)
     with torch.set_grad_enabled(training):
         for given in (x, x[:18], x.repeat(1, 1, 1), x[:8]):

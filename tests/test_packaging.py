@@ -55,7 +55,8 @@ def test_the_wheel_has_the_package_and_a_long_description_with_links_that_work_a
 
     (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
     metadata = email.message_from_bytes(archive.read(name))
-    text, readme, version = metadata.get_payload(), (ROOT / "README.md").read_text(), metadata["Version"]
+    text, readme = metadata.get_payload(decode=True).decode(), (ROOT / "README.md").read_text()
+    version = metadata["Version"]
     host = r"https://(?:raw\.githubusercontent|github)\.com/gpu-lstm/gpu_lstm/"
     assert re.sub(rf"(\]\(|(?:src|srcset)=\"){host}(?:blob/)?v{re.escape(version)}/", r"\1", text) == readme
     shown = [("!", link) for link in re.findall(r"\b(?:src|srcset)=\"([^\"]*)", text)]

@@ -31,7 +31,7 @@ from gpu_lstm.verification import verify
 pytestmark = by_interpreter
 
 EXPECTED = Decision(Backend.TORCH, "expected")
-REAL_RACE = race.race
+REAL_TIMES_OF = race.times_of
 INPUT, LSTM, GRU = torch.zeros(3, 3, 4), gpu_lstm.LSTM(4, 5), gpu_lstm.GRU(4, 5)
 
 
@@ -58,9 +58,9 @@ def stubbed(monkeypatch):
             for call in rivals.values():
                 call()
             ran.extend(("race", *rivals))
-            return REAL_RACE({name: partial(advance, seconds[name]) for name in rivals}, lambda: time[0])
+            return REAL_TIMES_OF({name: partial(advance, seconds[name]) for name in rivals}, lambda: time[0])
 
-        monkeypatch.setattr(race, "race", race_by_the_clock)
+        monkeypatch.setattr(race, "times_of", race_by_the_clock)
         return ran
 
     return costs
@@ -154,7 +154,7 @@ def test_a_race_is_fair_and_short():
             nonlocal time, order
             time, order = time + seconds[name], order + name
 
-        return race.race({name: partial(run, name) for name in seconds}, lambda: time)
+        return race.times_of({name: partial(run, name) for name in seconds}, lambda: time)
 
     times = race_of(a=1e-4, b=1e-2)
     assert {name: {round(s, 9) for s in found} for name, found in times.items()} == {"a": {1e-4}, "b": {1e-2}}
@@ -323,7 +323,7 @@ def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, 
         return execute(route, call)
 
     monkeypatch.setattr(race, "execute", one_fails)
-    monkeypatch.setattr(race, "race", lambda rivals, now: REAL_RACE(rivals, itertools.count().__next__))
+    monkeypatch.setattr(race, "times_of", lambda rivals, now: REAL_TIMES_OF(rivals, itertools.count().__next__))
     other = "torch" if rival == "triton" else "triton"
     said = pytest.warns(UserWarning, match="timed out at step 3") if rival == "triton" else contextlib.nullcontext()
     with said:
@@ -337,7 +337,7 @@ def test_a_timeout_of_the_last_call_of_a_race_is_the_kernels(stubbed, monkeypatc
         timeouts.error_word(INPUT.device, "step_forward_kernel")[0] = 4
         return {name: [1e-3 if name == "triton" else 2e-3] * 9 for name in rivals}
 
-    monkeypatch.setattr(race, "race", race_with_a_late_timeout)
+    monkeypatch.setattr(race, "times_of", race_with_a_late_timeout)
     with pytest.warns(UserWarning, match="step_forward_kernel timed out at step 3"):
         assert _backend_of() == "torch"
     gpu_lstm.check()

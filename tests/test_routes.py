@@ -49,7 +49,7 @@ class Races:
         self.winner = (able, kind.other)[zlib.crc32(repr(kind.as_json()).encode()) % 2]
         return Decision(self.winner, "expected")
 
-    def race(self, rivals, now):
+    def times_of(self, rivals, now):
         return {name: [2.0 if name == self.winner.value else 1.0] * 4 for name in rivals}
 
 
@@ -229,7 +229,7 @@ class Routes:
 def test_a_cached_route_is_that_of_a_fresh_decision(monkeypatch, examples):
     races, launched = Races(), as_a_card(monkeypatch)
     monkeypatch.setattr(race, "expected_winner", races.expected)
-    monkeypatch.setattr(race, "race", races.race)
+    monkeypatch.setattr(race, "times_of", races.times_of)
     monkeypatch.setattr(schedule, "WORKSPACE", 960)  # bytes, so few that long sequences are cut into chunks
     of_a_call, others = st.permutations(OF_A_CALL), st.lists(st.sampled_from([*FACTS]), min_size=3, max_size=3)
     start = st.fixed_dictionaries({name: st.sampled_from(FACTS[name]) for name in DRAWN})

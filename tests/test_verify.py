@@ -264,7 +264,7 @@ def a_v100(monkeypatch):
     monkeypatch.setattr(cupy, "card_of", lambda _: Card(70, 80))
     the_cpu_is_a_card(monkeypatch)
     monkeypatch.setattr(launch, "obstacle", lambda *_: RuntimeError("too old"))
-    monkeypatch.setattr(race, "race", lambda rivals, now: {name: [1.0 + (name == "torch")] * 9 for name in rivals})
+    monkeypatch.setattr(race, "times_of", lambda rivals, now: {name: [1.0 + (name == "torch")] * 9 for name in rivals})
 
 
 @pytest.mark.parametrize(("cls", "how", "resets"), [

@@ -123,13 +123,10 @@ def _after_the_loop(
     i, cell, hidden = steps.inputs, steps.cell, steps.hidden
     d: dict[str, Tensor | None] = {"h0": loop.dh0, "reset_c": loop.dreset_c}
     x = i.x if i.lengths is None else without_padding(i.x, i.lengths)
-
-    def by_rows(t: Tensor, weight: Tensor) -> Tensor:
-        return product(t.flatten(0, 1), weight).unflatten(0, t.shape[:2])
-
     dz_x, dz_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)  # gradients of W_ih x and of W_hh h
     if i.gain_ih is not None:
-        dz_x, d["gain_ih"] = layer_norm.gradients(dz_x, normed_of(by_rows(x, i.weight_ih.T), i.gain_ih))
+        z_x = product(x.flatten(0, 1), i.weight_ih.T)  # [T*B, 4H]
+        dz_x, d["gain_ih"] = layer_norm.gradients(dz_x, normed_of(z_x.view_as(dz_x), i.gain_ih))
     if steps.norm_hh is not None:
         dz_h, d["gain_hh"] = layer_norm.gradients(dz_h, steps.norm_hh)
     if steps.norm_c is not None:
@@ -137,7 +134,9 @@ def _after_the_loop(
     dz_x_rows = dz_x.flatten(0, 1).T  # [rows H, T*B]
     dz_h_rows = dz_x_rows if dz_h is dz_x else dz_h.flatten(0, 1).T
     if "x" in needed:
-        d["x"] = dz_x if i.weight_ih is None else by_rows(dz_x, cell.from_torch(i.weight_ih, hidden))
+        d["x"] = dz_x
+        if i.weight_ih is not None:
+            d["x"] = product(dz_x_rows.T, cell.from_torch(i.weight_ih, hidden)).view_as(i.x)
     if "c0" in needed:
         d["c0"] = loop.dc0.to(i.c0.dtype)
     if "weight_ih" in needed:

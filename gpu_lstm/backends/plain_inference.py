@@ -17,26 +17,26 @@ from ..kernels.private import is_profiled
 from .layer_loop import NOTHING, named
 
 
-def can_infer(call: Request) -> bool:
+def can_infer(request: Request) -> bool:
     """Whether `infer` can run a call: float32, nothing between layers, and no graph, transform or autocast."""
-    options, x = call.options, call.x
-    if call.learns or not call.modes.plain or call.form.packed is not None or options.connects or options.noisy:
+    options, modes, x = request.options, request.modes, request.x
+    if request.learns or not modes.plain or request.form.packed is not None or options.connects or options.noisy:
         return False
-    if call.weights[0][0].gain_ih is not None or call.traversal.reset_states is not None:
+    if request.weights[0][0].gain_ih is not None or request.traversal.reset_states is not None:
         return False  # the loop does not normalise W_ih x, and does not multiply states to reset to
     return x.is_cpu and x.dtype is torch.float32 and x.shape[-1] > 0
 
 
-def infer(call: Request, backend: Backend, layers: Sequence[Layer]) -> tuple[Tensor | None, list[State]]:
+def infer(request: Request, backend: Backend, layers: Sequence[Layer]) -> tuple[Tensor | None, list[State]]:
     """Return the output [T, B, D*H], or None for a cell, and the final states in the blocks of the call."""
-    options, x, number, T = call.options, call.x.contiguous(), 0, call.steps
+    options, x, number, T = request.options, request.x.contiguous(), 0, request.steps
     is_cell, rows = type(options.role) is roles.Cell, options.role.lead[0] if options.role.lead else 1
-    lengths, resets, *_ = call.traversal
+    lengths, resets, *_ = request.traversal
     resets = None if resets is None else resets.contiguous()
     lengths = None if lengths is None else lengths.long().contiguous()
     marks = [0 if t is None else t.data_ptr() for t in (resets, lengths)]
     finals, outputs = [], []
-    for h0, c0 in call.states:
+    for h0, c0 in request.states:
         h0, c0 = h0.contiguous(), c0.contiguous()
         h_n = torch.empty_like(h0) if lengths is None else h0.clone()
         c_n = h_n if options.one_state else torch.empty_like(c0) if lengths is None else c0.clone()
@@ -45,9 +45,9 @@ def infer(call: Request, backend: Backend, layers: Sequence[Layer]) -> tuple[Ten
         sizes = h0.nbytes // rows, c0.nbytes // rows
         for row in range(rows):
             of_h, of_c, (k, d) = row * sizes[0], row * sizes[1], divmod(number, options.directions)
-            y = None if is_cell else x.new_empty(T, call.batch, options.sizes[k].hidden)
+            y = None if is_cell else x.new_empty(T, request.batch, options.sizes[k].hidden)
             out, new = 0 if y is None else y.data_ptr(), (after[0] + of_h, after[1] + of_c)
-            arguments = T, x.data_ptr(), (before[0] + of_h, before[1] + of_c, out, *new), marks, call.weights[k][d]
+            arguments = T, x.data_ptr(), (before[0] + of_h, before[1] + of_c, out, *new), marks, request.weights[k][d]
             with named(k, d, backend) if is_profiled() else NOTHING:
                 layers[number].inference(*arguments)  # type: ignore[misc]
             number += 1

@@ -39,7 +39,7 @@ class Request(NamedTuple):
         lengths = self.form.inside().sum(0).to(x.device)
         return x.view(self.steps, self.batch, -1), self.traversal._replace(lengths=lengths)
 
-    def call(self) -> "Call":
+    def laid_out(self) -> "Call":
         """Return the call that layers get: x is [T, B, I], and the blocks of states are cut into rows."""
         x, states, traversal, role = self.x, self.states, self.traversal, self.options.role
         if self.form.packed is not None:

@@ -65,7 +65,7 @@ def why_not(kernels: Backend, device: torch.device, kind: Kind) -> str | None:
         return f"backend {kernels.value!r} does not support {kind.feature}"
     package = package_of(kernels.value)
     short = None if package.is_compiled is None else cpu_rule.without_loops(kind)
-    waits = f"the loops are not compiled yet, and are not for it: {short}"
+    waits = f"the loops are not compiled yet, and this call starts no compilation: {short}"
     if short and not all(map(package.was_compiled, kind.passes)):
         return waits  # decided first, so that the packages of the backend are not imported for nothing
     if (problem := why_unavailable(kernels, device, kind.dtype)) is not None:

@@ -67,24 +67,24 @@ class Kind(NamedTuple):
         }  # fmt: skip
 
 
-def kind_of(call: Request) -> Kind:
+def kind_of(request: Request) -> Kind:
     """Return the Kind of a call."""
-    options, traversal, cell, dtype = call.options, call.traversal, call.options.cell, dtype_of(call)
-    told = told_of(dict(zip(NAMES, call.weights[0][0])) | {"lengths": traversal.lengths, "resets": traversal.resets})
-    if call.form.packed is not None:
+    options, traversal, cell, dtype = request.options, request.traversal, request.options.cell, dtype_of(request)
+    told = told_of(dict(zip(NAMES, request.weights[0][0])) | {"lengths": traversal.lengths, "resets": traversal.resets})
+    if request.form.packed is not None:
         told["lengths"] = torch.int64
     if traversal.reset_states is not None:
         told |= {"reset_h": True, "reset_c": True}
     for thing, rate in options.on:
         told |= thing.flags(rate, options.training)
     sizes = options.sizes
-    if call.modes.recording >= Recording.COMPILED:  # sizes of weights are constants, sizes of options may be symbols
-        sizes = tuple([size_of(weights, cell.rows) for weights, *_ in call.weights])
-    steps, batch = int(call.steps), int(call.batch)
+    if request.modes.recording >= Recording.COMPILED:  # sizes of weights are constants, sizes of options may be symbols
+        sizes = tuple([size_of(weights, cell.rows) for weights, *_ in request.weights])
+    steps, batch = int(request.steps), int(request.batch)
     problems = [
         problem_with(
             told, cell.name, steps, batch=batch, hidden=hidden, dtype=dtype, projected=projected,
-            precision=call.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse or d == 1,
+            precision=request.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse or d == 1,
             heads=heads,
         )
         for _, hidden, projected, heads in sizes for d in range(options.directions)
@@ -92,28 +92,28 @@ def kind_of(call: Request) -> Kind:
     feature = options.feature or (RESET_STATES if traversal.reset_states is not None else None)
     if feature is None and any(0 < p.projected == p.hidden for p in problems):
         feature = torch_rnn.SQUARE
-    long = f"sequences of more than {torch_rnn.MOST_STEPS:,} steps" if torch_rnn.too_long(call.x, steps) else None
+    long = f"sequences of more than {torch_rnn.MOST_STEPS:,} steps" if torch_rnn.too_long(request.x, steps) else None
     return Kind(
-        tuple(problems), tuple([i for i, *_ in sizes]), power_of_two(steps), call.learns, options.recompute, feature,
-        feature or long, can_infer(call),
+        tuple(problems), tuple([i for i, *_ in sizes]), power_of_two(steps), request.learns, options.recompute, feature,
+        feature or long, can_infer(request),
     )  # fmt: skip
 
 
-def dtype_of(call: Request) -> torch.dtype:
+def dtype_of(request: Request) -> torch.dtype:
     """Return the dtype that layers compute in: the input's dtype, or under autocast the dtype of torch's own results.
 
     On a CPU, autocast casts the whole of torch's LSTM. In these cases it casts only the products: a GRU, a cell, an
     LSTM over a PackedSequence, and every LSTM if oneDNN is off. The state is added to the products and keeps its dtype,
     so the result has the wider dtype of the two. With a projection the result is a product, in the dtype of autocast.
     """
-    autocast, options = call.modes.autocast, call.options
-    if autocast is None or not call.x.is_cpu:
-        return autocast or call.x.dtype
-    packed = call.form.packed is not None and type(options.role) is roles.Module and options.in_one_call
+    autocast, options = request.modes.autocast, request.options
+    if autocast is None or not request.x.is_cpu:
+        return autocast or request.x.dtype
+    packed = request.form.packed is not None and type(options.role) is roles.Module and options.in_one_call
     products = options.one_state or isinstance(options.role, roles.Cell)
     if options.cell.of_torch and not options.sizes[0].projected:
-        products |= packed or not call.modes.whole
-    return torch.promote_types(autocast, call.states[0][1].dtype) if products else autocast
+        products |= packed or not request.modes.whole
+    return torch.promote_types(autocast, request.states[0][1].dtype) if products else autocast
 
 
 def describe(kind: Kind, device: torch.device, **exact: int) -> str:

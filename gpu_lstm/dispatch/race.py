@@ -30,9 +30,9 @@ from ..verification import verify
 from ..verification.timing import is_disturbed
 from . import available, cpu_rule
 from .available import is_compiled_once
+from .execute import Route, execute
 from .kind import Kind, describe
-from .run import Route, execute
-from .stopwatch import Decision, clock, judge, race
+from .stopwatch import Decision, clock, judge, times_of
 
 LONGEST = 256  # the most steps of a race: with more, only the time per step matters
 MOST_DECISIONS = 4096  # the number of decisions that are kept
@@ -47,7 +47,7 @@ _generators: dict[torch.device, Setting] = {}
 _log_once = functools.lru_cache(MOST_DECISIONS)(logger.info)
 
 
-def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decision:
+def decide(request: Request, kind: Kind, able: Backend, dry: bool = False) -> Decision:
     """Decide which backend runs a kind of call. The candidates are `able` and the backend without kernels.
 
     A decision is looked up in this process, and then on disk. If there is none, the kernels are verified and raced. The
@@ -59,15 +59,15 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
     Raises:
         torch.OutOfMemoryError: memory is too full to verify the kernels, and nothing is decided.
     """
-    if (why := _why_nobody_races(call, kind, able)) is not None:
+    if (why := _why_nobody_races(request, kind, able)) is not None:
         if not dry:
-            _log_once(f"{describe(kind, call.x.device)}: {Decision(able, why)}")
+            _log_once(f"{describe(kind, request.x.device)}: {Decision(able, why)}")
         return Decision(able, why)
-    device, mode = call.x.device, requested_racing()
+    device, mode = request.x.device, requested_racing()
     own, alike = ((each, able, device, mode) for each in (kind, kind.rounded()))
     known = decided.get(own) or decided.get(alike)
     decision = known or _cached(kind, able, device, mode)
-    if dry or call.modes.capturing:  # nothing may be raced now, and nothing is kept, so that a later call races
+    if dry or request.modes.capturing:  # nothing may be raced now, and nothing is kept, so that a later call races
         if decision is not None:
             return decision
         expected = expected_winner(kind, able, device)
@@ -76,7 +76,7 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
     if decision is None and mode is not Racing.ON and is_compiled_once(able):
         decision = expected_winner(kind, able, device)  # if it is torch's own, no kernel is compiled
     if decision is None or decision.backend is able:
-        decision = _settle(call, kind, able, mode, decision)
+        decision = _settle(request, kind, able, mode, decision)
     if decision is known:
         return decision
     if len(decided) >= MOST_DECISIONS:
@@ -89,16 +89,16 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
     return decision
 
 
-def _why_nobody_races(call: Request, kind: Kind, able: Backend) -> str | None:
+def _why_nobody_races(request: Request, kind: Kind, able: Backend) -> str | None:
     """Return the reason why `able` runs a call without a race, or None if `auto` decides."""
-    if call.modes.transforms == Transforms.REFERENCE:
+    if request.modes.transforms == Transforms.REFERENCE:
         return "only it runs inside vmap and forward-mode derivatives"
-    if requested_backend(call.options.backend) is not Backend.AUTO:
+    if requested_backend(request.options.backend) is not Backend.AUTO:
         who = "gpu_lstm.backend(...)" if choices.chosen_backends[0].value else f"the variable {BACKEND_VARIABLE}"
-        return f"asked for by {who if call.options.backend is None else 'the argument `backend`'}"
+        return f"asked for by {who if request.options.backend is None else 'the argument `backend`'}"
     if able not in KERNEL_BACKENDS:
-        return available.why_no_kernels(call.x.device, kind)
-    if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
+        return available.why_no_kernels(request.x.device, kind)
+    if request.modes.recording != Recording.NOBODY or request.modes.transforms != Transforms.NONE:
         return "nothing is raced while a call is watched"
     return None
 
@@ -148,7 +148,7 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     return Decision(able, "expected: W_hh stays on chip")
 
 
-def _settle(call: Request, kind: Kind, able: Backend, mode: Racing, decision: Decision | None) -> Decision:
+def _settle(request: Request, kind: Kind, able: Backend, mode: Racing, decision: Decision | None) -> Decision:
     """Run the kernels once, and return `decision`, or without one the decision of a race.
 
     If the kernels fail, the other backend is chosen. They are run even if there is a decision, since a batch of another
@@ -158,18 +158,18 @@ def _settle(call: Request, kind: Kind, able: Backend, mode: Racing, decision: De
     it recomputes. Threads that decide at the same time do so independently, and the first result is kept.
     """
     other = kind.other
-    with _generator(torch.device("cpu")).changed(), _generator(call.x.device).changed(), alone(grad=kind.training):
+    with _generator(torch.device("cpu")).changed(), _generator(request.x.device).changed(), alone(grad=kind.training):
         try:
-            _sample(call, kind, able, 2)()  # compiles and verifies the kernels
-            wait_and_check(call.x.device)
-            return decision or _race(call, kind, able, mode)
+            _sample(request, kind, able, 2)()  # compiles and verifies the kernels
+            wait_and_check(request.x.device)
+            return decision or _race(request, kind, able, mode)
         except DEVICE_ERRORS:
             raise
         except (RivalFailed, RuntimeError) as error:  # a RuntimeError if kernels time out, which shows after the launch
             why = error.__cause__ or error
             if error.args[:1] == (other.value,):
                 return Decision(able, f"torch's {kind.problems[0].cell.upper()} fails: {why}")
-            cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind, call.x.device)}: {why}")
+            cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind, request.x.device)}: {why}")
             return Decision(other, f"{FAILED}: {why}")
 
 
@@ -187,16 +187,16 @@ def _is_raced(kind: Kind, able: Backend) -> bool:
     return is_compiled_once(able) or not kind.torch_lacks
 
 
-def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
+def _race(request: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """Race kernels that are known to run. Where no race is allowed, return the expected decision."""
-    device, other, expected = call.x.device, kind.other, expected_winner(kind, able, call.x.device)
+    device, other, expected = request.x.device, kind.other, expected_winner(kind, able, request.x.device)
     if mode is not Racing.ON or not _is_raced(kind, able):
         return expected
     most = cpu_rule.steps_of_a_race(kind, LONGEST) if is_compiled_once(able) else LONGEST
     try:
-        rivals = {backend.value: _sample(call, kind, backend, most) for backend in (able, other)}
+        rivals = {backend.value: _sample(request, kind, backend, most) for backend in (able, other)}
         rivals[other.value]()  # raises, for example, if cuDNN cannot be initialised
-        times = race(rivals, partial(clock, device))
+        times = times_of(rivals, partial(clock, device))
         raise_if_timed_out(device)  # the last launch may have timed out
     except torch.OutOfMemoryError:  # memory is too full for both; the kernels themselves were verified before
         return expected
@@ -210,35 +210,35 @@ class RivalFailed(Exception):
     """A rival raised an error, which is the cause of this one. The argument is the name of the rival."""
 
 
-def build(call: Request, kind: Kind, backend: Backend) -> Route:
+def build(request: Request, kind: Kind, backend: Backend) -> Route:
     """Return the route of a kind of call by a backend."""
     if backend not in KERNEL_BACKENDS:
         return Route(backend, kind.dtype)
     wide = computes_in_float32(backend, kind.dtype)
     dtype = torch.float32 if wide else kind.dtype
-    schedule = schedule_of(call, dtype.itemsize)
+    schedule = schedule_of(request, dtype.itemsize)
     problems = [problem._replace(side_by_side=schedule.side_by_side, dtype=dtype) for problem in kind.problems]
-    layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
+    layers = [verify.layer_of(backend, problem, request.x.device) for problem in problems]
     plain = kind.plain and backend is Backend.NUMBA  # the other backends' launches have no `inference`
     return Route(backend, kind.dtype, None, layers, schedule, plain, wide)
 
 
-def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
+def _sample(request: Request, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
     """Return a function that runs the call by a backend on random data, with the weights of the call.
 
     The data has `most` steps at most. In training the function also runs backward.
     """
-    x, traversal = call.padded()
-    steps = min(call.steps, most)
-    shape = x.shape if steps == call.steps else (steps, *x.shape[1:])
+    x, traversal = request.padded()
+    steps = min(request.steps, most)
+    shape = x.shape if steps == request.steps else (steps, *x.shape[1:])
     # torch.rand changes the default generator. The caller restores its state.
     data = torch.rand(shape, dtype=torch.float32, device=x.device).to(x.dtype)
-    data.requires_grad_(kind.training and call.x.requires_grad)
-    weights = [[one.detached(kind.training) for one in layer] for layer in call.weights]
-    states = [(torch.zeros_like(h), torch.zeros_like(c)) for h, c in call.states]
-    options = copy.copy(call.options)
+    data.requires_grad_(kind.training and request.x.requires_grad)
+    weights = [[one.detached(kind.training) for one in layer] for layer in request.weights]
+    states = [(torch.zeros_like(h), torch.zeros_like(c)) for h, c in request.states]
+    options = copy.copy(request.options)
     options.backend = backend.value  # as if the user had chosen it, so that no other backend runs in its place
-    sample = call._replace(
+    sample = request._replace(
         x=data, steps=steps, states=states, weights=weights, traversal=traversal.first(steps), options=options,
         form=TIME_FIRST,
     )  # fmt: skip

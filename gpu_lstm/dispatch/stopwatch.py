@@ -40,7 +40,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> Times:
+def times_of(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> Times:
     """Time the rivals in turns until the budget is spent or one of them is clearly faster.
 
     Each rival first runs twice. Then there are at least three rounds, or two if these take longer than the budget. In a

@@ -35,17 +35,18 @@ class Schedule(NamedTuple):
     side_by_side: int  # the number of directions that share the card
 
 
-def schedule_of(call: Request, size: int) -> Schedule:
+def schedule_of(request: Request, size: int) -> Schedule:
     """Return the schedule of a kind of call, whose layers compute with elements of `size` bytes."""
-    row = 4 * call.batch * max(each.hidden for each in call.options.sizes) * size  # bytes of one step's pre-activations
-    longest = 2**31 if call.learns else max(1, WORKSPACE // max(1, row))
-    if not call.x.is_cuda or call.options.directions == 1:
+    hidden = max(each.hidden for each in request.options.sizes)
+    row = 4 * request.batch * hidden * size  # bytes of one step's pre-activations
+    longest = 2**31 if request.learns else max(1, WORKSPACE // max(1, row))
+    if not request.x.is_cuda or request.options.directions == 1:
         return Schedule(longest, (), 1)
     # A graph that is being captured cannot wait for earlier launches, so everything goes to one stream. Two directions
     # still count as side by side, which selects the plans of earlier calls: older drivers cannot load another kernel
     # during a capture.
-    pair = () if call.modes.capturing else (torch.cuda.Stream(call.x.device), torch.cuda.Stream(call.x.device))
-    return Schedule(longest, pair and _pairs.setdefault(call.x.device, pair), 2)
+    pair = () if request.modes.capturing else (torch.cuda.Stream(request.x.device), torch.cuda.Stream(request.x.device))
+    return Schedule(longest, pair and _pairs.setdefault(request.x.device, pair), 2)
 
 
 def by_kernels(

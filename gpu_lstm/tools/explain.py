@@ -14,9 +14,9 @@ from ..call.modes import Transforms
 from ..call.request import Request
 from ..call.roles import Module
 from ..dispatch import available, race
+from ..dispatch.execute import Route
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.route import able_to_run
-from ..dispatch.run import Route
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import Layers
 from ..verification.verify import cached_verdict
@@ -113,38 +113,38 @@ def explain(
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     if isinstance(module, Layers):
-        call = module._request(x, None, lengths, resets, reset_states)
+        request = module._request(x, None, lengths, resets, reset_states)
     elif (found := module.request(x)) is not None:
-        call = found
+        request = found
     else:
         few = "few steps on a CPU: a call of slstm_layer would cost more than it computes"
         how = "a loop over steps in torch's operators"
         return Explanation("sLSTM cell", Backend.REFERENCE.value, few, None, how, f"in {x.dtype}", {}, None, [])
-    kind = kind_of(call)
-    decision = race.decide(call, kind, able_to_run(call, kind), dry=True)
-    route, backend = race.build(call, kind, decision.backend), decision.backend
+    kind, device = kind_of(request), request.x.device
+    decision = race.decide(request, kind, able_to_run(request, kind), dry=True)
+    route, backend = race.build(request, kind, decision.backend), decision.backend
     layers = []
     for row, p in enumerate(kind.problems):
-        (k, d), passes = divmod(row, kind.directions), _passes(call, kind, route, row)
-        name = ("forward", "reverse")[d]
-        layers.append(Direction(k, name, kind.inputs[k], p.hidden, p.projected, p.heads, passes))  # type: ignore[arg-type]
+        k, d = divmod(row, kind.directions)
+        name, inputs, passes = ("forward", "reverse")[d], kind.inputs[k], _passes(request, kind, route, row)
+        layers.append(Direction(k, name, inputs, p.hidden, p.projected, p.heads, passes))  # type: ignore[arg-type]
     launches = sum(each.launches for d in layers for each in d.passes) if backend in KERNEL_BACKENDS else None
     return Explanation(
-        describe(kind, call.x.device, steps=call.steps, batch=call.batch).replace("<=", "="),
-        backend.value, decision.why, decision.seconds, _how(call, backend), _precision(kind, call.x.device, backend),
-        {b.value: _why_not(call, kind, decision, b) for b in Backend if b not in (Backend.AUTO, backend)},
+        describe(kind, device, steps=request.steps, batch=request.batch).replace("<=", "="),
+        backend.value, decision.why, decision.seconds, _how(request, backend), _precision(kind, device, backend),
+        {b.value: _why_not(request, kind, decision, b) for b in Backend if b not in (Backend.AUTO, backend)},
         launches, layers,
     )  # fmt: skip
 
 
-def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]:
+def _passes(request: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]:
     """Return the passes of one layer in one direction, number `row` of [L*D]; [] if the route has no kernels.
 
     A pass has the plan that was chosen. If none was, it has the plan that would be tried first.
     """
     if route.schedule is None:
         return []
-    layer, launches = route.layers[row], ceil(call.steps / route.schedule.longest)
+    layer, launches = route.layers[row], ceil(request.steps / route.schedule.longest)
     passes = []
     for pass_ in kind.passes:
         chosen = layer.chosen(pass_)
@@ -155,14 +155,15 @@ def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]
             "backward" if pass_.backward else "forward", chosen.family, chosen.tiles, chosen.why,
             "timed on this card" if chosen.measured else "the first to try, not timed",
             min(filter(None, verdicts), key="right".__eq__, default=None),  # a fault, if one is known, else "right"
-            chosen.each_step * call.steps or launches,
+            chosen.each_step * request.steps or launches,
         ))  # fmt: skip
     return passes
 
 
-def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend) -> str:
+def _why_not(request: Request, kind: Kind, decision: race.Decision, other: Backend) -> str:
     """Return why a backend does not run the call that `decision` gives to another one."""
-    device, feature, times = call.x.device, kind.feature, decision.seconds or {}
+    device, feature, times = request.x.device, kind.feature, decision.seconds or {}
+    chosen = requested_backend(request.options.backend) is not Backend.AUTO
     has_kernels = other in KERNEL_BACKENDS
     if (problem := available.why_unavailable(other, device, kind.dtype)) is not None:
         return str(problem)
@@ -170,7 +171,7 @@ def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend)
         return f"it does not support {feature}"
     if has_kernels and (lacking := available.lacking(other, kind)) is not None:
         return f"it has no {lacking}"
-    if requested_backend(call.options.backend) is not Backend.AUTO or call.modes.transforms == Transforms.REFERENCE:
+    if chosen or request.modes.transforms == Transforms.REFERENCE:
         return f"{decision.backend.value!r} is {decision.why}"
     if {other.value, decision.backend.value} <= times.keys():
         return f"{times[other.value] / times[decision.backend.value]:.2f} times the time in the race"
@@ -180,23 +181,23 @@ def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend)
         return f"'auto' does not give {device.type} tensors to it"
     if has_kernels and (why := available.why_not(other, device, kind)) is not None:
         return why
-    if has_kernels and other is not (first := able_to_run(call, kind)):
+    if has_kernels and other is not (first := able_to_run(request, kind)):
         return f"'auto' chooses its kernels only where those of {first.value!r} cannot run"
     return decision.why
 
 
-def _how(call: Request, backend: Backend) -> str:
+def _how(request: Request, backend: Backend) -> str:
     """Return in which way the backend runs the call."""
     if backend in KERNEL_BACKENDS:
         return "products with a layer's inputs, then its steps, by the kernels below; both may run in chunks of time"
     if backend is Backend.REFERENCE:
         return "a loop over steps in torch's operators"
-    packed, theirs = call.form.packed is not None, f"torch's own {call.options.cell.name.upper()}"
-    if packed and call.traversal.resets is None and type(call.options.role) is Module:
+    packed, theirs = request.form.packed is not None, f"torch's own {request.options.cell.name.upper()}"
+    if packed and request.traversal.resets is None and type(request.options.role) is Module:
         return f"{theirs} runs the PackedSequence as it is"
-    if packed or not call.traversal.is_plain():
+    if packed or not request.traversal.is_plain():
         return f"{theirs}, a call for each layer and direction; added input features hold or clear its state"
-    return f"{theirs}, {'all layers in one call' if call.options.in_one_call else 'a call for each layer'}"
+    return f"{theirs}, {'all layers in one call' if request.options.in_one_call else 'a call for each layer'}"
 
 
 def _precision(kind: Kind, device: torch.device, backend: Backend) -> str:

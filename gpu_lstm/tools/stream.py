@@ -82,7 +82,7 @@ class Stream:
         sizes = (self.batch, 1) if module.batch_first else (1, self.batch)
         step = next(module.parameters()).new_empty(*sizes, module.input_size)
         request = module._request(step, hx)
-        return request.options.role.states_out(request.form, request.call().states)
+        return request.options.role.states_out(request.form, request.laid_out().states)
 
     def __call__(self, x: Tensor, active: Tensor | None = None) -> Tensor:
         """Run one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).

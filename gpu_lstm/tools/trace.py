@@ -13,8 +13,8 @@ from ..call.checks import check_tensor
 from ..call.choices import Backend
 from ..call.sequences import without_padding
 from ..call.weights import State
+from ..dispatch.execute import Route, execute
 from ..dispatch.kind import dtype_of
-from ..dispatch.run import Route, execute
 from ..equations import EQUATIONS, gru, lstm, slstm
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import recast

@@ -43,13 +43,13 @@ def execute(route: Route, request: Request, record: reference.Record | None = No
     elif plain and all([layer.inference is not None for layer in layers]):
         y, states = plain_inference.infer(request, backend, layers)
     elif scheduled is not None:
-        y, states = schedule.by_kernels(request.call(), dtype, backend, layers, scheduled)
+        y, states = schedule.by_kernels(request.laid_out(), dtype, backend, layers, scheduled)
     elif operators is not None:
-        y, states = graph.by_operators(request.call(), dtype, backend, operators)
+        y, states = graph.by_operators(request.laid_out(), dtype, backend, operators)
     elif backend is Backend.TORCH:
-        y, states = torch_rnn.by_torch(request.call(), dtype)
+        y, states = torch_rnn.by_torch(request.laid_out(), dtype)
     else:
-        y, states = reference.by_reference(request.call(), dtype, record)
+        y, states = reference.by_reference(request.laid_out(), dtype, record)
     if wide and y is not None:
-        y, states = rounded(request.call(), results, y, states)
+        y, states = rounded(request.laid_out(), results, y, states)
     return y if y is None else form.output(y), options.role.states_out(form, states)
