@@ -27,11 +27,11 @@ lesson: $(FOR_LESSON)
 
 # Executes the notebook from the first cell to the last, and stores it with its outputs.
 lesson-run: $(INSTALLED)
-	$(BIN)/python docs/lesson.py
+	$(BIN)/python docs/scripts/lesson.py
 
 # Builds the site into out/site. A link that leads nowhere is an error.
 docs: $(or $(wildcard $(INSTALLED)),$(FOR_DOCS))
-	$(BIN)/python docs/website.py
+	$(BIN)/python docs/scripts/website.py
 	$(BIN)/python -m zensical build --clean --strict
 
 # Compiles the kernels, and writes their registers and instructions to dev/compile_table/README.md.

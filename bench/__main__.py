@@ -12,12 +12,12 @@ import torch
 
 from gpu_lstm.__main__ import cuda_devices, why_no_cuda
 
-from . import acting, cases, compare, conversion, cpu, gpu, host, measure, plots, ppo, report, results
+from . import acting, cases, compare, cpu, gpu, host, measure, models, plots, ppo, report, results
 from .isolated import ROOT, checkout
 from .providers import OURS, PROVIDERS
 
 ON_A_CPU = {  # the commands for a CPU: each has a function and the text of its help
-    "models": (conversion.run, "whole models on a CPU, before and after gpu_lstm.convert"),
+    "models": (models.run, "whole models on a CPU, before and after gpu_lstm.convert"),
     "acting": (acting.run, "a step of many environments on a CPU, by torch.nn, a module and a Stream"),
     "cpu": (cpu.run, "how much time `auto` wastes on this CPU by what it chooses; takes ten minutes"),
 }

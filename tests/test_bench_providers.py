@@ -11,7 +11,7 @@ import torch
 from installed import ROOT
 
 from bench import __main__ as command_line
-from bench import acting, compare, conversion, host, ppo, report, results, rows, timing
+from bench import acting, compare, host, models, ppo, report, results, rows, timing
 from bench.cases import VARIANTS, Case
 from bench.inputs import Inputs, results_in
 from bench.measure import Trial
@@ -130,7 +130,7 @@ def test_rows_are_printed_and_stored_with_their_provenance(timed, monkeypatch, c
     monkeypatch.setattr(ppo, "SIZES", [(9, 2, 8)])
     monkeypatch.setattr(acting, "ENVIRONMENTS", (2,))
     kept = "recommender, GRU4Rec", "keyword spotter, streamed"
-    monkeypatch.setattr(conversion, "MODELS", {name: conversion.MODELS[name] for name in kept})
+    monkeypatch.setattr(models, "MODELS", {name: models.MODELS[name] for name in kept})
     file = tmp_path / "rows.csv"
     assert command_line.main([*words.split(), "--out", str(file)]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -149,12 +149,12 @@ def test_a_result_that_differs_or_is_missing_is_named():
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("name", conversion.MODELS)
+@pytest.mark.parametrize("name", models.MODELS)
 def test_a_converted_model_computes_the_same(name):
     """`calls` compares outputs and all gradients, and has to notice a layer that was changed."""
-    model = conversion.MODELS[name]
+    model = models.MODELS[name]
     for training in (True, False):
-        conversion.calls(model, training)
+        models.calls(model, training)
 
     def changed(module):
         model.converted(module)
@@ -162,7 +162,7 @@ def test_a_converted_model_computes_the_same(name):
             next(p for n, p in module.named_parameters() if "_hh" in n or "_recurrent_kernel_" in n).add_(0.1)
 
     with pytest.raises(RuntimeError, match="differs by"):
-        conversion.calls(model._replace(converted=changed), True)
+        models.calls(model._replace(converted=changed), True)
 
 
 HEADLINE = Case("training", "bf16", 1024, 16, 768, 768)

@@ -35,7 +35,7 @@ ONE_THREAD = CPU.parent / "amd-epyc-1-thread.csv"
 PAGES, LESSON = sorted(DOCS.glob("*.md")), nbformat.read(EXAMPLES / "lstm_explained.ipynb", as_version=4)
 WITHOUT_EXAMPLES = "api", "benchmarks", "compared", "design", "first_gpu_run", "testing", "versions"
 WITH_EXAMPLES = [README, *(page for page in PAGES if page.stem not in WITHOUT_EXAMPLES)]
-website = load(DOCS / "website.py")
+website = load(DOCS / "scripts" / "website.py")
 
 
 def read(file):
@@ -131,7 +131,7 @@ def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_resu
 
 def test_the_tables_of_recurrent_ppo_are_written_with_percentiles_where_rows_have_them():
     """Written from the stored rows, the page does not change."""
-    drawing, page = load(DOCS / "ppo_updates.py"), read("docs/reinforcement_learning.md")
+    drawing, page = load(DOCS / "scripts" / "ppo_updates.py"), read("docs/reinforcement_learning.md")
     iterations, steps = "| cell, units | environments |", "| cell, N |"
     stored = pd.read_csv(CPU / "ppo.csv"), pd.read_csv(CPU / "acting.csv").query("device.str.endswith('1 thread')")
     again = drawing.write(page, iterations, drawing.iterations(stored[0]))
@@ -357,7 +357,7 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
         (tmp_path / name).symlink_to(ROOT / name)
     with (tmp_path / "docs" / "what_runs.md").open("a") as file:
         file.write("\n[x](nowhere.md) [x](design.md#nowhere) [x](../README.md#nowhere)\n")
-    subprocess.run([sys.executable, "docs/website.py"], cwd=tmp_path, check=True)  # as make docs does
+    subprocess.run([sys.executable, "docs/scripts/website.py"], cwd=tmp_path, check=True)  # as make docs does
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     done = subprocess.run(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 1

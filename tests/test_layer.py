@@ -45,7 +45,7 @@ MODULES = ("", "deep both ragged resets", "both batch-first states", "batch-firs
 # A line has places, a dtype, and rows. A row has a size and words, and before them the number of seeds if it is not 1.
 # Small sizes, whose errors vary more, have more seeds.
 TABLE = [
-    ("reference", F64, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states",
+    ("reference", F64, (2, "T6 B4 I3 H5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states",
                         f"{MOST} masks", f"{OF_ALL} both masks", f"{OF_ALL} expected", OF_HH, f"{OF_C} both",
                         "norms stream peepholes", "dropout_h both ragged", "zoneout_h deep states", "expected state",
                         "dropped_h deep both zoneout ragged resets", "weight_drop deep both masks",
@@ -53,157 +53,163 @@ TABLE = [
                         "zoneout_c both ragged resets", "stream expected deep", "deep both norms peepholes ragged",
                         "stack norm-hh-c peepholes no-bias both states",
                         "layer norms peepholes states both"),
-     (2, "6,4,3,5,2", MIX, "deep both states", f"{MOST} masks", f"{MOST} expected", "layer both ragged states",
+     (2, "T6 B4 I3 H5 P2", MIX, "deep both states", f"{MOST} masks", f"{MOST} expected", "layer both ragged states",
       "stream deep", "packed both"),
-     (2, "1,4,3,5", "deep both ragged resets", "stack both ragged resets"),  # these start from zeros
-     (2, "1,1,1,3", f"{MIX} masks", f"{OF_ALL} masks both", f"{MOST} expected deep", "unbatched both states", "cell"),
-     (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched state", "unbatched deep no-hx resets")),
-    ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
-    ("reference", F64, (2, "6,4,5,5", "residual masks ragged", "residual masks state")),
-    *((places, dtype, ("9,3,3,5,5", "layer", "layer ragged resets", "layer no-grad"))  # torch's own has no P = H
+     (2, "T1 B4 I3 H5", "deep both ragged resets", "stack both ragged resets"),  # these start from zeros
+     (2, "T1 B1 I1 H3", f"{MIX} masks", f"{OF_ALL} masks both", f"{MOST} expected deep", "unbatched both states",
+      "cell"),
+     (2, "T5 B1 I3 H4 P2", "unbatched both batch-first ragged states", "unbatched state",
+      "unbatched deep no-hx resets")),
+    ("reference torch", F64, (2, "T6 B4 I5 H5", "residual ragged", "residual resets")),
+    ("reference", F64, (2, "T6 B4 I5 H5", "residual masks ragged", "residual masks state")),
+    *((places, dtype, ("T9 B3 I3 H5 P5", "layer", "layer ragged resets", "layer no-grad"))  # torch's own has no P = H
       for places, dtype in (("reference", F64), ("triton numba", F32))),
-    ("reference torch torch/two", F64, ("5,3,4,6", f"three-heads deep {MIX}", "heads stack both", "heads cell")),
-    ("reference", F64, ("5,3,4,6", "heads states masks ragged", "heads layer deep", "heads stream")),
+    ("reference torch torch/two", F64, ("T5 B3 I4 H6", f"three-heads deep {MIX}", "heads stack both", "heads cell")),
+    ("reference", F64, ("T5 B3 I4 H6", "heads states masks ragged", "heads layer deep", "heads stream")),
     # Batches of no sequences.
-    *((places, dtype, ("3,0,2,4", "recompute", "deep both ragged resets", "residual ragged resets", "heads", "cell"),
-       ("3,0,2,4,2", "ragged resets")) for places, dtype in (("reference torch", F64), ("triton numba", F32))),
-    *((places, dtype, ("3,0,2,4", "peepholes norms masks ragged resets"))
+    *((places, dtype, ("T3 B0 I2 H4", "recompute", "deep both ragged resets", "residual ragged resets", "heads",
+                        "cell"), ("T3 B0 I2 H4 P2", "ragged resets"))
+      for places, dtype in (("reference torch", F64), ("triton numba", F32))),
+    *((places, dtype, ("T3 B0 I2 H4", "peepholes norms masks ragged resets"))
       for places, dtype in (("reference", F64), ("triton numba", F32))),
-    ("reference torch", F64, (2, "6,4,3,5", "weight_drop recompute", "weight_drop packed", "dropped_weights"),
-     ("6,4,5,5", *(f"dropped_layers {words}" for words in ("deep", "stack", "residual")))),
-    ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES if "state" not in words)),
-     (2, "6,4,3,5,2", MIX, "deep packed", "both no-bias resets"), (2, "1,1,1,3", MIX, "cell", "unbatched"),
-     (2, "1,4,3,5", "deep both ragged", "batch-first ragged resets no-hx")),
+    ("reference torch", F64, (2, "T6 B4 I3 H5", "weight_drop recompute", "weight_drop packed", "dropped_weights"),
+     ("T6 B4 I5 H5", *(f"dropped_layers {words}" for words in ("deep", "stack", "residual")))),
+    ("torch torch/two", F64, (2, "T6 B4 I3 H5", *(words for words in MODULES if "state" not in words)),
+     (2, "T6 B4 I3 H5 P2", MIX, "deep packed", "both no-bias resets"), (2, "T1 B1 I1 H3", MIX, "cell", "unbatched"),
+     (2, "T1 B4 I3 H5", "deep both ragged", "batch-first ragged resets no-hx")),
     # The chosen plans, on a GPU too: steps of one sequence, and more than one tile of 16 sequences and of 32 units.
-    ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "deep ragged resets"),
-     (2, "3,3,4,5", "weight_drop recompute", "layer ragged states both", "chunks reverse ragged states no-grad"),
-     (2, "3,4,3,33,7", MIX), (2, "3,3,3,9", f"{OF_ALL} both recompute", f"{MOST} masks recompute"),
-     ("4,3,3,4", "norms both ragged", "deep both masks peepholes", "chunks masks deep no-grad", "dropout deep",
+    ("triton", F32, (4, "T1 B1 I3 H1", "", MIX), (2, "T2 B3 I4 H5", "both", "deep ragged resets"),
+     (2, "T3 B3 I4 H5", "weight_drop recompute", "layer ragged states both", "chunks reverse ragged states no-grad"),
+     (2, "T3 B4 I3 H33 P7", MIX), (2, "T3 B3 I3 H9", f"{OF_ALL} both recompute", f"{MOST} masks recompute"),
+     ("T4 B3 I3 H4", "norms both ragged", "deep both masks peepholes", "chunks masks deep no-grad", "dropout deep",
       "stream deep batch-first", "stream resets no-hx"),
-     ("4,18,3,40", "heads ragged resets both"), ("1,3,3,15", "three-heads")),
-    ("triton", F16, ("4,5,8,40", MIX), ("4,3,4,20,7", f"{MOST} masks")),
+     ("T4 B18 I3 H40", "heads ragged resets both"), ("T1 B3 I3 H15", "three-heads")),
+    ("triton", F16, ("T4 B5 I8 H40", MIX), ("T4 B3 I4 H20 P7", f"{MOST} masks")),
     # Several programs with a grid-wide barrier: three tiles, four tiles, and two tiles of units.
-    ("step", F32, ("3,3,3,40", "", "no-hx deep states peepholes masks"), ("1,3,3,40", "both"),
-     ("3,18,3,20,33", "layer ragged resets both"), ("3,18,3,40", "heads ragged resets")),
-    ("step", F16, ("3,3,3,40,5", ONCE), ("3,3,3,15", f"three-heads {ONCE} masks")),
+    ("step", F32, ("T3 B3 I3 H40", "", "no-hx deep states peepholes masks"), ("T1 B3 I3 H40", "both"),
+     ("T3 B18 I3 H20 P33", "layer ragged resets both"), ("T3 B18 I3 H40", "heads ragged resets")),
+    ("step", F16, ("T3 B3 I3 H40 P5", ONCE), ("T3 B3 I3 H15", f"three-heads {ONCE} masks")),
     # The same with a second barrier for products of parts of K. There are two tiles of sequences and of 64 units, or,
     # with P = 70, of h alone.
-    ("split/4", F32, ("3,18,3,70", "ragged resets", "heads resets"), ("3,3,3,20,70", "layer states peepholes")),
+    ("split/4", F32, ("T3 B18 I3 H70", "ragged resets", "heads resets"),
+     ("T3 B3 I3 H20 P70", "layer states peepholes")),
     # W_hh in shared memory: two groups, of which one has two tiles of sequences, and three programs.
-    ("held", F32, ("3,35,3,18", BACK), ("3,18,3,15", "three-heads ragged resets")),
-    ("held", F16, ("3,18,3,40", f"{ONCE} masks", f"heads {ONCE} masks"), ("3,3,3,18", "no-grad both")),
-    ("held/ahead", F32, ("3,35,3,18", BACK), ("3,35,3,36", "heads ragged")),
+    ("held", F32, ("T3 B35 I3 H18", BACK), ("T3 B18 I3 H15", "three-heads ragged resets")),
+    ("held", F16, ("T3 B18 I3 H40", f"{ONCE} masks", f"heads {ONCE} masks"), ("T3 B3 I3 H18", "no-grad both")),
+    ("held/ahead", F32, ("T3 B35 I3 H18", BACK), ("T3 B35 I3 H36", "heads ragged")),
     # Whole sequences in one launch of programs that are independent of each other.
-    ("resident", F32, ("3,3,3,20,7", "both resets"), (2, "1,1,3,1", MIX), ("3,11,3,33", "no-hx deep")),
-    ("resident", F16, ("3,3,3,7", MIX), ("4,3,3,11", f"{ONCE} both"),
-     ("3,11,3,22", "heads ragged states masks"), ("3,3,3,33", "three-heads")),
+    ("resident", F32, ("T3 B3 I3 H20 P7", "both resets"), (2, "T1 B1 I3 H1", MIX), ("T3 B11 I3 H33", "no-hx deep")),
+    ("resident", F16, ("T3 B3 I3 H7", MIX), ("T4 B3 I3 H11", f"{ONCE} both"),
+     ("T3 B11 I3 H22", "heads ragged states masks"), ("T3 B3 I3 H33", "three-heads")),
     # Programs that exchange words of one unit, or of two in half precision. There are 2 to 9 programs, backward 4 to
     # 12.
-    ("cooperative/4/1/4", F32, ("3,3,3,36", ""), ("3,3,3,8", "chunks resets no-grad")),
-    ("cooperative/4/1/4", F16, ("4,3,3,11", ONCE)),  # 3 and 4 programs; one of them has no units
-    ("cooperative/8/2/4", F32, ("3,17,3,20", "ragged resets")),  # three batch tiles in two groups
-    ("cooperative/8/1/4", F16, ("3,3,3,33", "ragged resets")),  # a row ends in half a word
-    ("cooperative/8/2/4", F32, ("3,20,3,32", "heads ragged states masks")),  # each head has groups
+    ("cooperative/4/1/4", F32, ("T3 B3 I3 H36", ""), ("T3 B3 I3 H8", "chunks resets no-grad")),
+    ("cooperative/4/1/4", F16, ("T4 B3 I3 H11", ONCE)),  # 3 and 4 programs; one of them has no units
+    ("cooperative/8/2/4", F32, ("T3 B17 I3 H20", "ragged resets")),  # three batch tiles in two groups
+    ("cooperative/8/1/4", F16, ("T3 B3 I3 H33", "ragged resets")),  # a row ends in half a word
+    ("cooperative/8/2/4", F32, ("T3 B20 I3 H32", "heads ragged states masks")),  # each head has groups
     # The gates of a unit are in two pieces.
-    ("cooperative/8/1/2", F16, ("3,3,3,32", "heads ragged states masks both")),
+    ("cooperative/8/1/2", F16, ("T3 B3 I3 H32", "heads ragged states masks both")),
     # Backward has all gates of a unit in one program.
-    ("cooperative/16/1/1", F16, ("3,3,3,33", BACK, f"three-heads {BACK}"), (2, "3,3,3,1", "")),
-    ("cooperative/16/1/1", F32, ("4,3,3,11", f"{ONCE} masks")),
+    ("cooperative/16/1/1", F16, ("T3 B3 I3 H33", BACK, f"three-heads {BACK}"), (2, "T3 B3 I3 H1", "")),
+    ("cooperative/16/1/1", F32, ("T4 B3 I3 H11", f"{ONCE} masks")),
     # One launch a step, after a product.
-    ("pointwise", F32, ("3,3,4,6", BACK), ("3,9,3,20,7", "deep ragged"), ("3,4,3,300", ""),
-     ("3,3,3,33", f"{ONCE} masks"), ("3,5,3,15", f"three-heads {BACK}")),
-    ("pointwise", F16, ("3,3,3,40", "", f"heads {ONCE} masks"), ("3,5,3,20", f"{MOST} expected")),
+    ("pointwise", F32, ("T3 B3 I4 H6", BACK), ("T3 B9 I3 H20 P7", "deep ragged"), ("T3 B4 I3 H300", ""),
+     ("T3 B3 I3 H33", f"{ONCE} masks"), ("T3 B5 I3 H15", f"three-heads {BACK}")),
+    ("pointwise", F16, ("T3 B3 I3 H40", "", f"heads {ONCE} masks"), ("T3 B5 I3 H20", f"{MOST} expected")),
     # Two launches a step, between which torch normalises c, or projects.
-    ("pointwise cupy", F32, ("3,3,3,11", OF_HH, OF_C, f"{OF_ALL} masks", f"{OF_ALL} both expected"),
-     ("1,3,3,11", f"{OF_ALL} no-grad"), ("3,5,3,9,4", f"{MOST} masks", "expected ragged no-grad")),
-    ("pointwise cupy", F16, ("3,3,3,11", f"{OF_ALL} both masks"), ("3,4,3,9,4", f"{ONCE} masks")),
+    ("pointwise cupy", F32, ("T3 B3 I3 H11", OF_HH, OF_C, f"{OF_ALL} masks", f"{OF_ALL} both expected"),
+     ("T1 B3 I3 H11", f"{OF_ALL} no-grad"), ("T3 B5 I3 H9 P4", f"{MOST} masks", "expected ragged no-grad")),
+    ("pointwise cupy", F16, ("T3 B3 I3 H11", f"{OF_ALL} both masks"), ("T3 B4 I3 H9 P4", f"{ONCE} masks")),
     # The loop for CPUs. Forms, options and chunks of calls are tested on its kernels. It has tiles of 128 units and of
     # 4 sequences. Where torch computes in the middle of a step, it runs by steps.
-    ("numba", F32, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states", OF_HH,
-                    f"{OF_C} both", "norms stream peepholes", "zoneout_h deep states", "zoneout_c both ragged resets",
-                    "stream expected deep", "recompute both", "chunks deep states masks no-grad", "chunks no-grad",
-                    "chunks deep both expected ragged no-grad", "chunks norm-hh-c no-bias peepholes resets no-grad",
-                    "chunks reverse ragged states no-grad"),
-     (2, "6,4,5,5", "residual ragged", "residual masks state", "residual dropped_h ragged", "residual dropout",
+    ("numba", F32, (2, "T6 B4 I3 H5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states",
+                    OF_HH, f"{OF_C} both", "norms stream peepholes", "zoneout_h deep states",
+                    "zoneout_c both ragged resets", "stream expected deep", "recompute both", "chunks no-grad",
+                    "chunks deep states masks no-grad", "chunks deep both expected ragged no-grad",
+                    "chunks norm-hh-c no-bias peepholes resets no-grad", "chunks reverse ragged states no-grad"),
+     (2, "T6 B4 I5 H5", "residual ragged", "residual masks state", "residual dropped_h ragged", "residual dropout",
       "dropout weight_drop deep both masks", "weight_drop recompute", "weight_drop packed", "dropped_layers residual"),
-     ("6,4,3,5,2", "dropout deep"), (4, "1,1,3,1", "", MIX),
-     ("1,9,3,7", "deep both"), ("6,4,3,5,2", "chunks both masks states no-grad"),
-     (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched deep no-hx resets"),
-     ("4,5,3,130", MIX, f"{ONCE} masks recompute", f"{OF_ALL} both masks"), ("3,9,16,260", "ragged resets"),
-     ("3,5,3,260", "heads states masks ragged"), ("4,9,3,15", f"three-heads {MOST} expected", "three-heads cell"),
-     ("4,4,3,3", "three-heads"),  # heads of one unit
-     ("4,5,3,9", f"{OF_ALL} both masks recompute", f"{OF_ALL} expected no-grad"),
-     ("3,5,3,130,7", f"layer {MIX}", "masks ragged recompute", "expected no-grad"), ("3,4,3,9,140", "masks"),
+     ("T6 B4 I3 H5 P2", "dropout deep"), (4, "T1 B1 I3 H1", "", MIX),
+     ("T1 B9 I3 H7", "deep both"), ("T6 B4 I3 H5 P2", "chunks both masks states no-grad"),
+     (2, "T5 B1 I3 H4 P2", "unbatched both batch-first ragged states", "unbatched deep no-hx resets"),
+     ("T4 B5 I3 H130", MIX, f"{ONCE} masks recompute", f"{OF_ALL} both masks"), ("T3 B9 I16 H260", "ragged resets"),
+     ("T3 B5 I3 H260", "heads states masks ragged"),
+     ("T4 B9 I3 H15", f"three-heads {MOST} expected", "three-heads cell"),
+     ("T4 B4 I3 H3", "three-heads"),  # heads of one unit
+     ("T4 B5 I3 H9", f"{OF_ALL} both masks recompute", f"{OF_ALL} expected no-grad"),
+     ("T3 B5 I3 H130 P7", f"layer {MIX}", "masks ragged recompute", "expected no-grad"), ("T3 B4 I3 H9 P140", "masks"),
      # Past the longest sequence nothing is computed.
-     ("11,5,3,12", *(f"ragged {words}" for words in ("short both", "none both", "short four-heads", "none norms",
+     ("T11 B5 I3 H12", *(f"ragged {words}" for words in ("short both", "none both", "short four-heads", "none norms",
                                                         "short norms no-grad"))),
      # The loop multiplies x only where nothing else is in the gates: here W_hh h of the states is.
-     ("1,4,3,6", "ragged states no-grad"), ("5,4,3,6", "ragged states no-grad")),
+     ("T1 B4 I3 H6", "ragged states no-grad"), ("T5 B4 I3 H6", "ragged states no-grad")),
     # It computes half precision in float32.
-    *(("numba", dtype, (3, "9,5,3,8", "deep both", "packed", "ragged states", "norms peepholes", "expected", "no-grad",
-                        "residual", "cell", "recompute four-heads")) for dtype in (BF16, F16)),
+    *(("numba", dtype, (3, "T9 B5 I3 H8", "deep both", "packed", "ragged states", "norms peepholes", "expected",
+                        "no-grad", "residual", "cell", "recompute four-heads")) for dtype in (BF16, F16)),
     # The kernels in CUDA C++.
-    ("cupy", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), ("5,4,3,13,7", MIX, "ragged states"),
-     (2, "5,3,4,6", f"{MIX} recompute", "no-hx", "reverse ragged", "no-grad both"),
-     ("3,4,3,300", ""), ("4,3,3,33", f"{ONCE} masks", "dropout_h both", "zoneout_c both", "zoneout_h states"),
-     ("4,5,3,15", "three-heads", f"three-heads {MIX}"), ("4,5,3,20", f"heads {ONCE} masks"), ("1,3,3,1", "")),
-    ("cupy", F32, ("3,4,3,9,140", "masks")),
-    ("cupy", F16, (3, "5,3,3,40", "", MIX, f"heads {ONCE} masks"), ("4,5,3,20", f"{MOST} expected")),
-    ("cupy", BF16, (4, "2,3,4,5", "", "ragged states both"), (2, "3,3,3,9,4", f"{MIX} recompute"),
-     ("5,3,3,11", f"{OF_ALL} both")),
+    ("cupy", F32, (4, "T2 B3 I4 H5", "", MIX, "ragged states both"), ("T5 B4 I3 H13 P7", MIX, "ragged states"),
+     (2, "T5 B3 I4 H6", f"{MIX} recompute", "no-hx", "reverse ragged", "no-grad both"),
+     ("T3 B4 I3 H300", ""), ("T4 B3 I3 H33", f"{ONCE} masks", "dropout_h both", "zoneout_c both", "zoneout_h states"),
+     ("T4 B5 I3 H15", "three-heads", f"three-heads {MIX}"), ("T4 B5 I3 H20", f"heads {ONCE} masks"),
+     ("T1 B3 I3 H1", "")),
+    ("cupy", F32, ("T3 B4 I3 H9 P140", "masks")),
+    ("cupy", F16, (3, "T5 B3 I3 H40", "", MIX, f"heads {ONCE} masks"), ("T4 B5 I3 H20", f"{MOST} expected")),
+    ("cupy", BF16, (4, "T2 B3 I4 H5", "", "ragged states both"), (2, "T3 B3 I3 H9 P4", f"{MIX} recompute"),
+     ("T5 B3 I3 H11", f"{OF_ALL} both")),
 ]  # fmt: skip
 # More cases with `gru`, which the cases above without a layer norm do not reach.
 MORE_GRUS = [
-    ("reference", F64, (2, "6,4,3,5", "cell no-bias", "both ragged masks", "zoneout stack both")),
-    ("triton", F32, ("3,3,3,9", "ragged no-bias recompute masks")),
-    ("split/4", F32, ("3,18,3,72", "ragged resets", "three-heads ragged")),
-    ("resident", F16, ("3,3,3,70", BACK)),
-    ("numba", F32, (2, "6,4,3,5", "cell no-bias", "both ragged masks", "zoneout stack both", "recompute masks")),
-    ("cupy", BF16, (2, "2,3,4,5", MIX)),
+    ("reference", F64, (2, "T6 B4 I3 H5", "cell no-bias", "both ragged masks", "zoneout stack both")),
+    ("triton", F32, ("T3 B3 I3 H9", "ragged no-bias recompute masks")),
+    ("split/4", F32, ("T3 B18 I3 H72", "ragged resets", "three-heads ragged")),
+    ("resident", F16, ("T3 B3 I3 H70", BACK)),
+    ("numba", F32, (2, "T6 B4 I3 H5", "cell no-bias", "both ragged masks", "zoneout stack both", "recompute masks")),
+    ("cupy", BF16, (2, "T2 B3 I4 H5", MIX)),
 ]
 # Cases with `slstm`. Its reference computes the paper's c, n and m in other numbers.
 SLSTMS = [
-    ("reference", F64, (2, "4,3,3,8", "", "no-hx ragged", "no-bias heads", f"deep heads {MIX}", f"deep no-hx {MIX}",
+    ("reference", F64, (2, "T4 B3 I3 H8", "", "no-hx ragged", "no-bias heads", f"deep heads {MIX}", f"deep no-hx {MIX}",
                         "both packed", "batch-first", "stream deep", "layer no-bias", "dropout_h both ragged"),
-     ("4,1,3,8", "unbatched both")),
-    ("triton", F32, ("4,3,3,8", f"deep {MIX}", "layer heads", "no-hx no-bias dropout_h"),
-     ("1,3,3,15", f"three-heads {MIX}")),
-    ("step", F32, ("3,3,3,20", BACK), ("3,18,3,40", f"heads {BACK}")),
-    ("split/4", F32, ("3,3,3,40", f"heads {BACK}")),
-    ("held", F32, ("3,18,3,36", f"heads {BACK}")),
-    ("held/ahead", F32, ("3,35,3,36", "heads ragged resets")),
-    ("resident", F16, ("3,3,3,11", BACK)), ("resident", F32, ("3,9,3,22", f"heads {BACK}")),
-    ("cooperative/8/2/4", F32, ("3,17,3,20", "ragged resets", "heads ragged resets")),
-    ("cooperative/16/1/1", F16, ("3,3,3,33", f"three-heads {BACK}")),
-    ("pointwise cupy", F32, ("3,3,3,9", BACK), ("3,3,3,15", f"three-heads {BACK}")),
-    ("numba", F32, (2, "4,4,3,8", f"deep heads {MIX}", "both packed no-hx", "layer no-bias", "stream deep resets",
+     ("T4 B1 I3 H8", "unbatched both")),
+    ("triton", F32, ("T4 B3 I3 H8", f"deep {MIX}", "layer heads", "no-hx no-bias dropout_h"),
+     ("T1 B3 I3 H15", f"three-heads {MIX}")),
+    ("step", F32, ("T3 B3 I3 H20", BACK), ("T3 B18 I3 H40", f"heads {BACK}")),
+    ("split/4", F32, ("T3 B3 I3 H40", f"heads {BACK}")),
+    ("held", F32, ("T3 B18 I3 H36", f"heads {BACK}")),
+    ("held/ahead", F32, ("T3 B35 I3 H36", "heads ragged resets")),
+    ("resident", F16, ("T3 B3 I3 H11", BACK)), ("resident", F32, ("T3 B9 I3 H22", f"heads {BACK}")),
+    ("cooperative/8/2/4", F32, ("T3 B17 I3 H20", "ragged resets", "heads ragged resets")),
+    ("cooperative/16/1/1", F16, ("T3 B3 I3 H33", f"three-heads {BACK}")),
+    ("pointwise cupy", F32, ("T3 B3 I3 H9", BACK), ("T3 B3 I3 H15", f"three-heads {BACK}")),
+    ("numba", F32, (2, "T4 B4 I3 H8", f"deep heads {MIX}", "both packed no-hx", "layer no-bias", "stream deep resets",
                     "dropout_h both ragged", "no-grad no-hx"),
-     ("4,5,3,130", BACK), ("3,9,3,260", f"heads {BACK}"), ("4,1,3,15", "unbatched three-heads both"),
-     ("11,5,3,12", "heads ragged short", "ragged none")),
-    *(("numba", dtype, (3, "9,5,3,8", "heads")) for dtype in (BF16, F16)),
-    ("cupy", F32, ("4,3,3,15", "no-grad no-hx")),
-    ("cupy", F16, ("4,5,3,130", MIX)),
+     ("T4 B5 I3 H130", BACK), ("T3 B9 I3 H260", f"heads {BACK}"), ("T4 B1 I3 H15", "unbatched three-heads both"),
+     ("T11 B5 I3 H12", "heads ragged short", "ragged none")),
+    *(("numba", dtype, (3, "T9 B5 I3 H8", "heads")) for dtype in (BF16, F16)),
+    ("cupy", F32, ("T4 B3 I3 H15", "no-grad no-hx")),
+    ("cupy", F16, ("T4 B5 I3 H130", MIX)),
 ]  # fmt: skip
 # Cases with pairs that the tables above lack, of place, dtype, cell, option, projection, single step and number of
 # tiles.
 DEEP = [
-    ("triton", F32, ("1,17,5,33", "both"), (2, "2,1,2,130", ""), ("3,17,3,33", OF_ALL),
-     ("4,4,3,33,7", f"{MIX} expected", "dropout_h deep", "zoneout_h", "zoneout_c")),
-    ("step", F32, ("3,1,3,20", "unbatched expected state")),
-    ("split/4", F32, ("1,3,3,40", MIX)),
-    ("split/8", F16, ("5,3,3,10", ONCE), ("4,18,3,40", f"{ONCE} masks", "gru ragged states masks")),
-    ("held", F32, ("4,18,3,18,7", "deep states"), ("3,3,3,18", "no-hx packed both")),
-    ("held/ahead", F16, ("4,50,3,18", f"{ONCE} masks")),
-    ("held/ahead", F32, ("3,3,3,18", "deep no-hx expected")),
-    ("resident", F16, ("5,3,3,11", "peepholes states expected")),
-    ("cooperative/4/1/4", F32, ("5,3,3,11,5", "ragged states"), ("12,2,2,6", "ragged resets"),
-     ("5,3,3,11", f"{MOST} masks")),
-    ("cooperative/4/1/4", F16, ("5,3,3,11", "states peepholes expected")),
-    ("cooperative/8/1/4", F32, ("4,3,3,20,7", "packed")), ("cooperative/8/1/2", F32, ("4,3,3,20", ONCE)),
-    ("cooperative/8/1/2", F16, ("4,9,3,33", "gru ragged resets")),
-    ("cooperative/16/1/1", F32, ("5,3,3,11", "gru expected states")),
-    ("cooperative/8/1/2", F32, ("2,3,3,86", "heads both peepholes")),  # several chunks, whose words lie apart
-    ("cooperative/16/1/1", F32, ("2,3,3,140", "heads", "gru heads")),
+    ("triton", F32, ("T1 B17 I5 H33", "both"), (2, "T2 B1 I2 H130", ""), ("T3 B17 I3 H33", OF_ALL),
+     ("T4 B4 I3 H33 P7", f"{MIX} expected", "dropout_h deep", "zoneout_h", "zoneout_c")),
+    ("step", F32, ("T3 B1 I3 H20", "unbatched expected state")),
+    ("split/4", F32, ("T1 B3 I3 H40", MIX)),
+    ("split/8", F16, ("T5 B3 I3 H10", ONCE), ("T4 B18 I3 H40", f"{ONCE} masks", "gru ragged states masks")),
+    ("held", F32, ("T4 B18 I3 H18 P7", "deep states"), ("T3 B3 I3 H18", "no-hx packed both")),
+    ("held/ahead", F16, ("T4 B50 I3 H18", f"{ONCE} masks")),
+    ("held/ahead", F32, ("T3 B3 I3 H18", "deep no-hx expected")),
+    ("resident", F16, ("T5 B3 I3 H11", "peepholes states expected")),
+    ("cooperative/4/1/4", F32, ("T5 B3 I3 H11 P5", "ragged states"), ("T12 B2 I2 H6", "ragged resets"),
+     ("T5 B3 I3 H11", f"{MOST} masks")),
+    ("cooperative/4/1/4", F16, ("T5 B3 I3 H11", "states peepholes expected")),
+    ("cooperative/8/1/4", F32, ("T4 B3 I3 H20 P7", "packed")), ("cooperative/8/1/2", F32, ("T4 B3 I3 H20", ONCE)),
+    ("cooperative/8/1/2", F16, ("T4 B9 I3 H33", "gru ragged resets")),
+    ("cooperative/16/1/1", F32, ("T5 B3 I3 H11", "gru expected states")),
+    ("cooperative/8/1/2", F32, ("T2 B3 I3 H86", "heads both peepholes")),  # several chunks, whose words lie apart
+    ("cooperative/16/1/1", F32, ("T2 B3 I3 H140", "heads", "gru heads")),
 ]  # fmt: skip
 
 
@@ -219,7 +225,7 @@ class Case(NamedTuple):
 
 def cases_of(table: list, cell: str = "") -> list[Case]:
     return [
-        Case(place, dtype, seeds, tuple(map(int, size.split(","))), f"{cell} {words}".strip())
+        Case(place, dtype, seeds, tuple(int(each[1:]) for each in size.split()), f"{cell} {words}".strip())
         for places, dtype, *rows in table for place in places.split()
         for row in rows for seeds, size, *options in [(1, *row) if isinstance(row[0], str) else row]
         for words in options

@@ -1,9 +1,9 @@
 """Test cases of the public modules, written in words such as "ragged resets both", and their comparison with the
 float64 oracle.
 
-A case is a module, a call, and a size "T,B,I,H" or "T,B,I,H,P". By default the module is a gpu_lstm.LSTM of one layer.
-The word "gru" makes it a GRU, and "slstm" an SLSTM. lstm_layer, LSTMCell and Stream compute the same as a module with
-the same weights, so they are words, too.
+A case is a module, a call, and a size such as "T6 B4 I3 H5", with P if there is a projection. By default the module is
+a gpu_lstm.LSTM of one layer. The word "gru" makes it a GRU, and "slstm" an SLSTM. lstm_layer, LSTMCell and Stream
+compute the same as a module with the same weights, so they are words, too.
 """
 
 import copy

@@ -135,8 +135,8 @@ def resident_forward_kernel(
             # two sequences. Cell 0 takes sums 0, 2, 4 and 6, cell 1 takes 1, 3, 5 and 7. The next 8 units begin at 8.
             z = after_zeros(products[n // 2 * SUMS + n % 2 : n // 2 * SUMS + SUMS : 2])
             rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY,))
-            # A cell is stored before the next one is computed. So few gates wait in registers, which takes fewer
-            # instructions.
+            # Each cell is stored before the next one is computed. The gates of few cells wait in registers then, and
+            # the kernel needs fewer instructions.
             gates, c_next, rest_next = cell_forward(x[n], z, c_prev, rest_prev, constants[n], len(constants[n]) > 0, S)
             h_next = output(gates[3], c_next, S)
             c_next = noise.zoneout(c_next, (c_prev,) + noise.load_share(cell.zoneout_c_ptr, cells))

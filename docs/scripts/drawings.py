@@ -1,4 +1,7 @@
-"""The drawings of docs/design.md, for light and dark pages: python docs/drawings.py writes them into docs/drawings/."""
+"""The drawings of docs/design.md, for light and dark pages.
+
+python docs/scripts/drawings.py writes them into docs/drawings/.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +14,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 matplotlib.use("Agg")
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "gpu_lstm", "font.family": "sans-serif"}
 
-FOLDER = Path(__file__).with_name("drawings")
+FOLDER = Path(__file__).parents[1] / "drawings"
 Point = tuple[float, float]
 
 

@@ -1,7 +1,7 @@
 """A picture and two tables of docs/reinforcement_learning.md: iterations of recurrent PPO, and steps of acting.
 
-python docs/ppo_updates.py draws docs/pictures/ppo_updates.png, and writes both tables. Their rows are those that
-`python -m bench ppo --out` and `python -m bench acting --out` wrote into bench/results/cpu.
+python docs/scripts/ppo_updates.py draws docs/pictures/ppo_updates.png, and writes both tables. Their rows are
+those that `python -m bench ppo --out` and `python -m bench acting --out` wrote into bench/results/cpu.
 """
 
 import re
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "cpu"
 PAGE = ROOT / "docs" / "reinforcement_learning.md"
 PICTURE = ROOT / "docs" / "pictures" / "ppo_updates.png"

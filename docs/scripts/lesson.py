@@ -1,6 +1,7 @@
-"""Run the lesson's notebook from its first cell to its last, and store it with its outputs: python docs/lesson.py.
+"""Run the lesson's notebook from its first cell to its last, and store it with its outputs.
 
-The script prints the seconds that each section took. The first cell of the notebook names the longest sections.
+python docs/scripts/lesson.py prints the seconds that each section took. The first cell of the notebook names the
+longest sections.
 """
 
 import base64
@@ -15,7 +16,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 
-NOTEBOOK = Path(__file__).parent.parent / "examples" / "lstm_explained.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "lstm_explained.ipynb"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The drawing at the top of the README, for light and dark pages: python docs/step_drawing.py writes both.
+"""The drawing at the top of the README, for light and dark pages: python docs/scripts/step_drawing.py writes both.
 
 It shows one forward step of kernels/triton_rnn/threads/resident.py, whose docstring describes the same step in words.
 """

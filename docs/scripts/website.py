@@ -1,4 +1,4 @@
-"""Write the pages of the site into out/docs/: python docs/website.py. The site itself is described in mkdocs.yml.
+"""Write the pages of the site into out/docs/. mkdocs.yml describes the site itself.
 
 The pages are the README as the first page, the pages of docs/, and the lesson, which is a notebook. GitHub shows them
 unchanged. For the site, links to files outside of it go to the repository. Formulas become MathML, which browsers show
@@ -18,7 +18,7 @@ import yaml
 from griffe import Extension, GriffeLoader, Module, Object
 from latex2mathml.converter import convert
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "out" / "docs"
 LESSON = "examples/lstm_explained.ipynb"
 
@@ -27,7 +27,7 @@ def write() -> None:
     """Write all pages and their pictures."""
     repository = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["repo_url"]
     shutil.rmtree(PAGES, ignore_errors=True)
-    shutil.copytree(ROOT / "docs", PAGES, ignore=shutil.ignore_patterns("*.py", "*.md", "theme", "__pycache__"))
+    shutil.copytree(ROOT / "docs", PAGES, ignore=shutil.ignore_patterns("*.md", "scripts", "theme"))
     for source in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         name = "index.md" if source.name == "README.md" else source.name
         text = page(source.read_text(), source.relative_to(ROOT).as_posix(), repository)
