@@ -90,10 +90,10 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     assert len(re.findall(r"(?m)^### ", re.search(r"## Your trainer\n(.*?)\n## ", page, flags=re.DOTALL)[1])) == 7
 
 
-def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_results():
-    benchmarks, learning = read("docs/benchmarks.md"), read("docs/reinforcement_learning.md")
+def test_the_table_of_models_is_that_of_the_stored_results():
+    benchmarks = read("docs/benchmarks.md")
     digits = lambda values: " | ".join(f"{v:.2f}" if v < 9.995 else f"{v:.1f}" for v in values)  # noqa: E731
-    models, acting, ppo = (pd.read_csv(CPU / f"{name}.csv") for name in ("models", "acting", "ppo"))
+    models = pd.read_csv(CPU / "models.csv")
     for (name, layers), its in models.groupby(["model", "recurrent layers"]):
         assert f"| {name} | {layers} | {digits(its['times as fast'])} |" in benchmarks
     of_readme = {  # the beginning of a row of the README, and its model
@@ -113,23 +113,8 @@ def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_resu
     said = f"The other four models are {training} times as fast in training, and {inference} times in inference."
     assert said in " ".join(readme.split())
 
-    def with_ends(row, name):
-        """Return the median of ratios, and the percentiles where they are stored."""
-        its = digits([row[f"{name}{each}"] for each in ("times as fast", "p20", "p80") if f"{name}{each}" in row])
-        return re.sub(r"^(\S+) \| (\S+) \| (\S+)$", r"\1 (\2 to \3)", its)
 
-    one_thread = acting[acting["device"].str.endswith("1 thread")]
-    for (cell, count), its in one_thread.groupby(["cell", "N"]):
-        ways = [f"{row['torch.nn us']:,.0f} | {with_ends(row, 'module, ')} | {with_ends(row, 'Stream, ')}"
-                for row in its.to_dict("records")]  # fmt: skip
-        assert f"| {cell}, {count:,} | {' | '.join(ways)} |" in learning
-    for row in ppo.to_dict("records"):
-        quotient = {"rollout, times as fast": row["rollout, loop ms"] / row["rollout, one call ms"]}
-        parts = " | ".join(with_ends(quotient | row, name) for name in ("", "rollout, ", "iteration, "))
-        assert f"| {row['cell']}, {row['H']} | {row['N']} | {parts} |" in learning
-
-
-def test_the_tables_of_recurrent_ppo_are_written_with_percentiles_where_rows_have_them():
+def test_the_tables_of_recurrent_ppo_and_of_acting_have_the_stored_medians_and_percentiles():
     """Written from the stored rows, the page does not change."""
     drawing, page = load(DOCS / "scripts" / "ppo_updates.py"), read("docs/reinforcement_learning.md")
     iterations, steps = "| cell, units | environments |", "| cell, N |"

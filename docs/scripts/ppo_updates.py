@@ -40,7 +40,7 @@ def drawn(rows: pd.DataFrame) -> Figure:
     first = rows.iloc[0]
     caption = (
         "loop: torch.nn's module called for every step, its state multiplied by 0 at a reset; 128 steps, 128 units,\n"
-        f"float32, {first.device}, torch {first.torch}; medians,\n"
+        f"float32, {first.device}, torch {first.torch}; medians, "
         "lines: from the 20th to the 80th percentile of the rounds"
     )
     figure.supxlabel(caption, x=0.01, ha="left", size=7, color="0.35")
@@ -48,19 +48,14 @@ def drawn(rows: pd.DataFrame) -> Figure:
 
 
 def speed(row: pd.Series, name: str) -> str:
-    """Return how many times as fast one side is, with its percentiles if they are stored."""
-    median, *ends = (f"{v:.2f}" if v < 9.995 else f"{v:.1f}" for v in row.reindex(columns(name)).dropna())
-    return f"{median} ({' to '.join(ends)})" if ends else median
-
-
-def columns(name: str) -> list[str]:
-    return [f"{name}{each}" for each in ("times as fast", "p20", "p80")]
+    """Return how many times as fast one side is, and its percentiles."""
+    ratios = (row[f"{name}{each}"] for each in ("times as fast", "p20", "p80"))
+    median, low, high = (f"{ratio:.2f}" if ratio < 9.995 else f"{ratio:.1f}" for ratio in ratios)
+    return f"{median} ({low} to {high})"
 
 
 def iterations(rows: pd.DataFrame) -> list[list[str]]:
-    """Return the lines of the table of iterations. Older rows have no ratios of rollouts, and medians are divided."""
-    if columns("rollout, ")[0] not in rows:
-        rows = rows.assign(**{columns("rollout, ")[0]: rows["rollout, loop ms"] / rows["rollout, one call ms"]})
+    """Return the lines of the table of iterations."""
     parts = "", "rollout, ", "iteration, "
     return [
         [f"{row['cell']}, {row['H']}", f"{row['N']}", *(speed(row, part) for part in parts)]
