@@ -47,7 +47,9 @@ def folder() -> Path | None:
 
 def folders() -> tuple[Path, ...]:
     """Return the folders from which results are read, in this order."""
-    return tuple(Path(path) for path in (os.environ.get(SHARED), folder()) if path)
+    if (shared := os.environ.get(SHARED)) and not Path(shared).is_dir():
+        warn_once(f"{SHARED} names no folder: {shared}")
+    return tuple(Path(path) for path in (shared, folder()) if path)
 
 
 def made_folder(*names: str) -> Path:

@@ -133,7 +133,7 @@ def rows():
     """Return the rows of the table of failures, by words that tell them apart."""
     table = PAGE.split("## Failures")[1].split("\n## ")[0]
     found = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
-    names = "Numba", "kept", "unwritable", "copied", "another", "wrong", "memory"
+    names = "Numba", "kept", "unwritable", "copied", "another", "mistyped", "wrong", "memory"
     return dict(zip(names, found, strict=True))
 
 
@@ -164,6 +164,7 @@ if os.fork():
 else:
     verify._verdict = lambda *_: os.kill(os.getpid(), 15)
 """  # a child runs the program before its parent does
+MISTYPED = "import os\nos.environ['GPU_LSTM_SHARED_CACHE'] = '/opt/gpu_lstn'\n"
 NO_TEMPORARY = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"  # no file can be written
 # Larger files cannot be written.
 FULL_DISK = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
@@ -174,7 +175,8 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="as Linux has it")
     ("Numba", NO_NUMBA, [], "new", 1), pytest.param("kept", "", [], "/sys", 1, marks=LINUX),
     ("kept", "", [], "a file", 1), ("kept", FULL_DISK, [], "new", 1),
     pytest.param("unwritable", "", ["--hidden", "4"], "shared", 1, marks=LINUX),
-    ("copied", NO_TEMPORARY, [], "shared", 2), ("wrong", WRONG, ["--hidden", "7"], "image", 1),
+    ("copied", NO_TEMPORARY, [], "shared", 2), ("mistyped", MISTYPED, [], "image", 1),
+    ("wrong", WRONG, ["--hidden", "7"], "image", 1),
     ("wrong", SLIGHTLY_WRONG, ["--hidden", "5"], "image", 1),
     ("wrong", KILLED, ["--hidden", "6"], "image", 3),
     pytest.param("memory", MEMORY, ["--hidden", "3000"], "image", 1, marks=LINUX),
@@ -200,6 +202,7 @@ AT_INFO = "import logging\nlogging.basicConfig(level='INFO')\n"
 @pytest.mark.parametrize(("row", "fault", "backend", "fails"), [
     ("Numba", NO_NUMBA, None, False), ("Numba", NO_NUMBA, "numba", True), ("another", ANOTHER_CPU, "numba", False),
     pytest.param("unwritable", "", None, True, marks=LINUX), ("copied", NO_TEMPORARY, None, True),
+    ("mistyped", MISTYPED, None, True),
     ("wrong", KILLED, "numba", True), ("wrong", WRONG, None, True), ("wrong", WRONG, "numba", True),
 ])  # fmt: skip
 def test_a_process_says_what_the_table_has(shared, row, fault, backend, fails):
@@ -259,7 +262,7 @@ def test_before_it_compiles_one_line_tells_whoever_waits_at_a_terminal(tmp_path)
     environment = OF_TESTS | {"XDG_CACHE_HOME": str(tmp_path / "terminal")}
     subprocess.run([sys.executable, *program], stderr=theirs, env=environment, check=True)
     os.close(theirs)
-    said = "gpu_lstm compiles its little loop for this CPU, once, in 5 to 10 seconds"
+    said = "gpu_lstm compiles its little loop for this CPU, once, in up to 10 seconds"
     assert os.read(ours, 1 << 16).decode().splitlines() == [said]
     os.close(ours)
     for of_log, lines in (("", ""), (AT_INFO, f"INFO:gpu_lstm:{said}\n")):

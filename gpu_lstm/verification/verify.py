@@ -127,11 +127,14 @@ def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
         true = torch.cat([each[name].flatten() for each in truths])
         our_rms, scale = _rms_error(ours, name, true), float(true.where(true.isfinite(), 0).abs().max())
         allowed = 2 * max(_rms_error(theirs_, name, true), last_place * scale)
+        for draw in range(DRAWS):  # most often the first one is enough, and with many units each one takes a second
+            if our_rms <= allowed:
+                break
+            if draw == len(rounded):
+                rounded.append([small.with_roundings(draw) for small in smalls])
+            allowed = max(allowed, 3 * _rms_error(rounded[draw], name, true))
         if not our_rms <= allowed:  # true for NaN, too
-            rounded = rounded or [[small.with_roundings(draw) for small in smalls] for draw in range(DRAWS)]
-            allowed = max(allowed, *(3 * _rms_error(each, name, true) for each in rounded))
-            if not our_rms <= allowed:
-                return f"the RMS error of {name} is {our_rms:.2g}, where {allowed:.2g} is allowed"
+            return f"the RMS error of {name} is {our_rms:.2g}, where {allowed:.2g} is allowed"
     return "right"
 
 

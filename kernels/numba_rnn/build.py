@@ -87,7 +87,7 @@ def function(name: str) -> Callable[[int], None]:
         if not (path and files_of(Path(numba.config.CACHE_DIR or path), name)):
             level = logging.WARNING if os.isatty(2) else logging.INFO  # somebody may wait at the terminal
             logger.log(
-                level, "gpu_lstm compiles its %s loop for this CPU, once, in 5 to 10 seconds%s", name, of_others()
+                level, "gpu_lstm compiles its %s loop for this CPU, once, in up to 10 seconds%s", name, of_others()
             )
         try:
             compiled = compile_in(path, name)
