@@ -207,6 +207,11 @@ def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_t
     of_torch, words = cases.xs("torch", level="provider"), " ".join(readme.split())
     gru = OF_README["train a GRU |"]
     assert f"{cases[gru]:.2f} times as fast as `nn.GRU` on an AMD EPYC, and {of_xeon[gru]:.2f} times as fast" in words
+    plain_grus = "training.*-H\\d+-gru$"
+    others = pd.concat(
+        each.xs("torch", level="provider").filter(regex=plain_grus).drop(gru[0]) for each in (cases, of_xeon)
+    )
+    assert f"GRUs of other sizes train {others.min():.2f} to {others.max():.1f} times as fast" in words
     loop, plain = (("training-fp32-T128-B16-I128-H128", name) for name in ("ours-reference", "torch"))
     assert [round(each[loop] / each[plain]) for each in (cases, of_xeon)] == [3, 5]  # "a third", "a fifth"
     assert of_torch.idxmax().endswith("H32-gru")
@@ -218,6 +223,9 @@ def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_t
     for counted, name in (set(compiled), "kernels"), (compiled, "combinations"):
         assert re.findall(rf"\b(\d+) {name}\b", words) == [str(len(counted))] * 2
     (runs,) = re.findall(r"in ([\d,]+) runs", read("docs/testing.md"))
+    (tests,) = re.findall(r"([\d,]+) tests and [\d,]+ deep tests passed", read("docs/testing.md"))
+    hundreds = round(int(tests.replace(",", "")), -2)
+    assert re.findall(r"([\d,]+) tests\b", words) == [f"{hundreds:,}"] * 3
     assert set(re.findall(r"([\d,]+)\s+runs\b", readme)) == {runs}
 
 

@@ -186,7 +186,7 @@ def test_a_loop_is_verified_before_a_graph_runs_it(monkeypatch, plant):
 @pytest.mark.filterwarnings("error:gpu_lstm")
 @pytest.mark.parametrize(("cls", "hidden"), [(gpu_lstm.GRU, 260), (gpu_lstm.LSTM, 384)])
 def test_errors_of_torchs_products_are_no_fault_of_a_loop(cls, hidden):
-    """Those with few columns, here of the gradient of x."""
+    """Products with few columns have larger errors. Here the gradient of x is such a product."""
     x, resets = torch.randn(3, 3, 3, requires_grad=True), torch.eye(3).bool()
     cls(3, hidden, backend="numba")(x, resets=resets)[0].sum().backward()
     assert [verdict for *_, verdict in cache.entries(cache.CHECKS)] == ["right"] * 2

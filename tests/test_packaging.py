@@ -236,6 +236,12 @@ def test_imports_have_no_circle():
         modules[f"gpu_lstm.{place}" if place.startswith("kernels") else place] = path
     assert imported_by("gpu_lstm.compat", modules) == {"gpu_lstm.modules", "gpu_lstm.modules.recurrent"}
     graphlib.TopologicalSorter({name: imported_by(name, modules) for name in modules}).prepare()
+    order = re.search(r"the order\s+is (.*?)\.\s", (ROOT / "docs/design.md").read_text(), re.DOTALL)[1]
+    rank = {folder: n for n, folder in enumerate(re.findall(r"\w+", order.replace(" and ", " ")))}
+    inside = {name: rank[name.split(".")[1]] for name in modules if re.match(rf"gpu_lstm\.({'|'.join(rank)})\b", name)}
+    above = lambda name: {source for source in imported_by(name, modules) if inside.get(source, 99) < inside[name]}  # noqa: E731
+    assert len(inside) > 50
+    assert {name: above(name) for name in inside if above(name)} == {}
 
 
 def test_a_private_name_that_is_gone_is_named_with_the_version_of_torch():

@@ -27,7 +27,7 @@ FUNCTIONS = {  # the most functions of the library that a call enters, in infere
 
 
 def test_the_way_of_a_call_is_not_longer():
-    """`python dev/path_count.py CASE` prints the functions. Where a change makes it shorter, so is it here."""
+    """`python dev/path_count.py CASE` prints the functions. After a change that shortens the way, lower FUNCTIONS."""
     without_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, COUNT], env=without_gpu, check=True, capture_output=True, text=True)
     found = re.findall(r"(.+), (?:inference|training): (\d+) calls", done.stdout)
@@ -56,19 +56,19 @@ def test_a_cell_on_a_cpu_comes_soon_to_torchs_operator(kind):
 
 @pytest.fixture
 def unwatched(monkeypatch):
-    """A call is as one that nobody watches, though its operators are counted."""
+    """Count operators without making the call take the path of a watched call."""
     monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)
 
 
 @pytest.fixture(scope="module")
 def a_card():
-    """Before the fixtures of a test ask for one, which check the margins of buffers where there is none."""
+    """Pretend that there is a card, before other fixtures ask. Without a card they check margins."""
     with patch.object(torch.cuda, "is_available", return_value=True):
         yield
 
 
 ON_THE_HOST = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default
-"""What reads a number of a tensor on the host: on a card it waits for the stream, and a capture forbids it."""
+"""Operators that read a number on the host. On a card they wait for the stream, and a capture forbids them."""
 
 
 @by_interpreter
@@ -76,7 +76,7 @@ ON_THE_HOST = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero
     *((place, False) for place in ("held", "resident", "cooperative/4/1/4", "pointwise", "cupy")), ("held", True),
 ])  # fmt: skip
 def test_the_host_reads_no_number_in_a_call(a_card, unwatched, request, monkeypatch, place, margins):
-    """Unless the test asks for margins: so reads are seen."""
+    """A call that checks margins reads numbers, which shows that reads are counted."""
     if margins:
         request.getfixturevalue("within_margins")
     backend, force = KERNELS[place]
@@ -96,7 +96,7 @@ def test_the_host_reads_no_number_in_a_call(a_card, unwatched, request, monkeypa
     {}, dict(layer_norm=("hh",)), dict(layer_norm=("c",)), dict(layer_norm=("hh", "c")), dict(proj_size=3, zoneout=0.1),
 ], ids=str)  # fmt: skip
 def test_a_step_is_as_many_launches_as_are_estimated(a_card, unwatched, monkeypatch, options, dtype):
-    """What a call of one step more launches more: kernels, products, and what torch does for layer norms."""
+    """One more step adds as many launches as by_steps estimates: kernels, products and layer norms."""
     KERNELS["pointwise"].force(monkeypatch)
     launched, lstm, counts = Mock(), gpu_lstm.LSTM(4, 8, dtype=dtype, backend="triton", **options).eval(), []
     monkeypatch.setattr(triton, "launch_kernel", launched)

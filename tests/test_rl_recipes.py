@@ -367,7 +367,7 @@ LINES = {
 @pytest.mark.parametrize("line", LINES)
 @pytest.mark.parametrize("mode", LINES)
 def test_the_acting_loop_resets_before_first_observations_and_the_update_repeats_it(mode, line, monkeypatch):
-    """With the line of the other mode it does not."""
+    """With the line of the other mode the loop resets at other steps."""
     loop, update, *_ = blocks("## Acting and learning")
     monkeypatch.setattr(
         gymnasium, "make_vec", lambda *_, num_envs, **__: SyncVectorEnv([Counter] * num_envs, autoreset_mode=mode)

@@ -1,6 +1,6 @@
 """Which calls on a CPU cause a compilation of the loops. Where no race is allowed, the loops run the same calls.
 
-The loops need Numba. Its import takes a second, and the compilation takes ten seconds, once for a CPU. Most calls take
+The loops need Numba. Its import takes a second, and the compilation takes 15 seconds, once for a CPU. Most calls take
 milliseconds. So only a call that gains much causes a compilation. Once the loops are compiled, every kind of call is
 raced, as on a card.
 """

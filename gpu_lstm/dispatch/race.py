@@ -1,4 +1,4 @@
-"""The backend that `auto` chooses for a kind of call: the kernels, or torch's own LSTM or GRU.
+"""The backend that `auto` chooses for a kind of call: the kernels, or torch's own LSTM or GRU, else the reference.
 
 The first call of a kind races the two on random data of its size, and the result is cached on disk. Where no race is
 allowed, the expected winner runs.
