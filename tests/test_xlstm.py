@@ -370,18 +370,23 @@ def test_the_page_gives_the_weights_of_a_cell_of_xlstm_to_slstm_layer():
     assert names["cell"]._recurrent_kernel_.any()
 
 
-def test_the_page_sets_the_biases_of_small_init():
+@pytest.mark.parametrize(("init", "block"), [("small_init", 0), ("powerlaw_blockdependent", 0),
+                                             ("powerlaw_blockdependent", 3)])  # fmt: skip
+def test_the_page_initializes_a_module_as_xlstm_does(init, block):
+    cell = cell_of_xlstm(fresh=True, bias_init=init, _block_idx=block, _num_blocks=4)
     slstm = gpu_lstm.SLSTM(3, H, num_layers=2, bidirectional=True, heads=HEADS)
-    exec(from_the_page("with torch.no_grad():"), dict(torch=torch, slstm=slstm))
-    small, default = cell_of_xlstm(fresh=True, bias_init="small_init"), cell_of_xlstm(fresh=True)
-    for name, bias in slstm.named_parameters():
+    code = from_the_page("block, blocks =").replace("block, blocks = 0, 4", f"block, blocks = {block}, 4")
+    if init == "small_init":
+        code = code.replace("# forget = ", "forget = ")
+    before = slstm.weight_ih_l0.clone()
+    exec(code, dict(torch=torch, slstm=slstm))
+    for name, found in slstm.named_parameters():
         if name.startswith("bias"):
-            assert torch.equal(bias, small._bias_ * name.startswith("bias_ih")), name
-    forget = default._bias_.view(4, HEADS, -1)[1]
-    assert forget[:, 0].eq(5).all()
-    assert forget[:, -1].eq(-7).all()
-    assert not small._recurrent_kernel_.any()
-    assert not default._recurrent_kernel_.any()
+            torch.testing.assert_close(found, cell._bias_ * name.startswith("bias_ih"), msg=name)
+        if name.startswith("weight_hh"):
+            assert not found.any()
+    assert torch.equal(slstm.weight_ih_l0, before)
+    assert not cell._recurrent_kernel_.any()
 
 
 def model_of_xlstm():
@@ -409,12 +414,18 @@ def test_a_model_of_xlstm_and_back(dtype, limit):
             y, state = model.step(x[:, t : t + 1], state)
             steps.append(y)
         torch.testing.assert_close(torch.cat(steps, 1), ours, rtol=0, atol=limit)
+        cell, (z, state) = model.blocks[0].xlstm.slstm_cell, tensors_for(dtype)
+        state = cell(z, state)[1]
         assert torch.equal(copy.deepcopy(model)(x), ours)
         assert list(model.state_dict()) == keys
         assert all(map(torch.Tensor.is_set_to, model.parameters(), parameters))
         assert not any(module.training for module in model.modules())
         assert gpu_lstm.use_for_slstm(model, False) == 2
         assert torch.equal(model(x), theirs)
+        assert cell(z, state.to(z.dtype))[0].isfinite().all()
+        if dtype == torch.bfloat16:
+            with pytest.raises(RuntimeError, match="dtype|scalar type"):
+                cell(z, state)
 
 
 def test_under_autocast_and_in_a_graph():
@@ -455,6 +466,17 @@ class StandIn(nn.Module):
 
 
 StandIn.__module__, StandIn.__qualname__ = "tirex.models.slstm.cell", "sLSTMCell"
+
+
+def test_a_subclass_of_a_cell_stays_as_it_is_and_a_warning_says_so():
+    class Other(StandIn):
+        pass
+
+    model = nn.ModuleList([StandIn(), Other()])
+    for on in True, False:
+        with pytest.warns(UserWarning, match=r"the cell '1' stays as it is: Other is a subclass of StandIn"):
+            assert gpu_lstm.use_for_slstm(model, on) == 1
+        assert type(model[1]) is Other
 
 
 def test_which_cells_were_swapped_is_logged(caplog):

@@ -4,10 +4,11 @@
     l' = log(e^k + e^z_i) = max(k, z_i) + log(1 + e^-|a|)    o = sigmoid(z_o)    h' = o q'
 
 The paper has c' = f c + i g, n' = f n + i and h' = o c' / n', where i = exp(z_i) and f = sigmoid(z_f). It keeps c and n
-multiplied by e^-m, so that they are finite. Here q = c / n is the weighted mean of all g so far, l = m + log n is the
-logarithm of the sum of the weights, and u is the share of the new g in that sum. The gates are u, v = sigmoid(-z_f), g
-and o. v = 1 - f takes the place of f, since half precision is fine near 0 and coarse near 1: in a unit that keeps its
-state, u and v are near 0, but f is near 1. See docs/design.md.
+multiplied by e^-m, so that they are finite. Here q = c / n is the weighted mean of all g so far. l is the logarithm of
+the sum of the weights, which is m + log n for the n that the paper keeps. u is the share of the new g in that sum.
+
+The gates are u, v = sigmoid(-z_f), g and o. v = 1 - f takes the place of f, since half precision is fine near 0 and
+coarse near 1: in a unit that keeps its state, u and v are near 0, but f is near 1. See docs/design.md.
 """
 
 from typing import NamedTuple

@@ -235,7 +235,7 @@ class SLSTM(Recurrent, RNNBase):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: See `LSTM`. The
-            initial weights are also the same as in an LSTM.
+            initial weights are also the same as in an LSTM with the same heads.
         backend: See `LSTM`. Every backend except "torch" runs an SLSTM.
         heads: See `LSTM`. Default: 1
 

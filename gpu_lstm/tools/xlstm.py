@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
     xlstm's default backend is "cuda". It compiles kernels by nvcc when a cell is constructed, and raises a KeyError if
     there is no GPU. xlstm's backend "vanilla" and TiRex's backend "torch" compile nothing.
 
+    A cell of a subclass stays as it is, and a warning names it, since it may compute something else.
+
     A cell's own method `step` stays the package's. The method `step` of xlstm's layers and models calls `forward`.
 
     Args:
@@ -69,12 +72,16 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
     cells: dict[nn.Module, type] = {}
     names = []
     for path, module in model.named_modules():
-        theirs = getattr(module, "_theirs", type_before_parametrizations(module))
-        if f"{theirs.__module__}.{theirs.__qualname__}" not in CELLS:
+        cls = type_before_parametrizations(module)
+        theirs = next((base for base in cls.__mro__ if f"{base.__module__}.{base.__qualname__}" in CELLS), None)
+        if theirs is None:
+            continue
+        where = f"the cell {path!r}" if path else "the model itself"
+        if cls not in (theirs, _by_ours(theirs)):
+            warnings.warn(f"{where} stays as it is: {cls.__name__} is a subclass of {theirs.__name__}", stacklevel=2)
             continue
         for name, expected in _ACCEPTED.items():
             if (value := getattr(module.config, name, expected[0])) not in expected:
-                where = f"the cell {path!r}" if path else "the model itself"
                 raise ValueError(f"{where} has {name}={value!r}, which slstm_layer has not")
         cells[module] = theirs
         names.append(f"{path or 'the model itself'} ({theirs.__module__}.{theirs.__qualname__})")
