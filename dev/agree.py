@@ -1,9 +1,8 @@
 """make agree: compare kernels of an LSTM and of a GRU, forward and backward, with torch, in Triton's interpreter.
 
 These sizes run by the step family, as one program. `make test` runs the other families. Everything runs as in a
-user's call, except that NumPy executes the kernels. Each result and
-gradient is compared with torch's own in float64. The error of torch's own in float32 is printed beside it. The script
-needs only the packages that gpu_lstm needs.
+user's call, except that NumPy executes the kernels. Each result and gradient is compared with torch's own in float64.
+The error of torch's own in float32 is printed beside it. The script needs only the packages that gpu_lstm needs.
 """
 
 import os
