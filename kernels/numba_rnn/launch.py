@@ -180,7 +180,7 @@ def multiplies_right() -> bool:
     ways = [(a, b) for a in (tall, tall.T.contiguous().T) for b in (wide.T, wide.T.contiguous())]  # [131, 700 and 51]
     try:
         for a, b in ways:
-            found = {"out": a.new_empty(len(tall), len(wide))}
+            found = {"out": a.new_full((len(tall), len(wide)), torch.nan)}  # not `empty`, which may hold right numbers
             with margins(MATMUL, found) as inside:
                 multiply(a, b, inside["out"])
             if not torch.equal(found["out"], torch.mm(a, b)):
