@@ -13,8 +13,9 @@ from pairs import assert_identical, pair, random_inputs, results
 from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
+from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.dispatch import available, race
+from gpu_lstm.dispatch import available, race, route
 from gpu_lstm.kernels import cache, numba_rnn
 from gpu_lstm.kernels.numba_rnn import build, launch
 
@@ -142,6 +143,43 @@ def test_few_steps_are_one_call_of_a_compiled_function_a_layer(calls, kind, opti
             if "Cell" not in kind:
                 found[0][0].fill_(torch.nan)  # which changes no state
     assert calls.call_count == 3 * layers
+
+
+@gpu_lstm.racing("off")
+@pytest.mark.parametrize("training", [False, True])
+def test_calls_that_started_no_compilation_run_the_loops_once_these_are_compiled(
+    monkeypatch, nothing_cached, calls, training
+):
+    compiled = []
+    for name in ("was_compiled", "is_compiled"):
+        monkeypatch.setattr(numba_rnn, name, lambda *_: bool(compiled))
+    gru = gpu_lstm.GRU(3, 4, zoneout=0.1).train(training).requires_grad_(training)
+    short, long = torch.randn(1, 2, 3), torch.randn(40, 2, 3)
+    before = gru(short)[0]
+    assert not calls.called
+    gru(long)
+    assert calls.called
+    compiled.append(True)
+    calls.reset_mock()
+    after = gru(short)[0]
+    assert calls.called
+    assert gpu_lstm.explain(gru, short).backend == "numba"
+    if not training:
+        torch.testing.assert_close(after, before)
+    kept = len(route._routes)
+    gru(long, torch.zeros(1, 2, 4))  # clears no route a second time
+    assert len(route._routes) >= kept
+
+
+@pytest.mark.parametrize("name", [choices.BACKEND_VARIABLE, choices.RACE_VARIABLE])
+def test_a_variable_that_is_wrong_raises_where_it_decides_nothing(monkeypatch, nothing_cached, name):
+    """Such as for float64, which one backend alone runs on a CPU."""
+    monkeypatch.setenv(name, "nonsense")
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(
+            ValueError, match=f"unknown .* 'nonsense' in the environment variable {name}; expected one of"
+        ):
+            gpu_lstm.LSTM(3, 4, dtype=dtype)(torch.zeros(1, 2, 3, dtype=dtype))
 
 
 def test_the_error_of_a_long_sum_is_at_most_twice_the_error_of_the_reference():

@@ -57,8 +57,10 @@ def decide(request: Request, kind: Kind, able: Backend, dry: bool = False) -> De
     If `dry`, nothing is raced or kept. If there is no decision yet, the result is then the expected winner.
 
     Raises:
+        ValueError: an environment variable names no backend or mode of racing.
         torch.OutOfMemoryError: memory is too full to verify the kernels, and nothing is decided.
     """
+    requested_backend(None), requested_racing()  # a mistyped variable raises, even if it decides nothing here
     if (why := _why_nobody_races(request, kind, able)) is not None:
         if not dry:
             _log_once(f"{describe(kind, request.x.device)}: {Decision(able, why)}")

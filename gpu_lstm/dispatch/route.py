@@ -21,6 +21,7 @@ MOST_ROUTES = 4096  # the number of routes that are kept; a program with more ki
 BATCH_OF_A_GRAPH = 16  # the assumed batch size, since a graph serves all batch sizes
 
 _routes: dict[tuple, Route] = {}
+_compiled: set[bool] = set()  # `backward` of the passes that this process runs by the compiled loops of a CPU
 
 
 def run_call(request: Request) -> tuple[Any, Any]:
@@ -44,8 +45,9 @@ def route_of(request: Request) -> Route:
     route = _routes.get(key)
     if route is None:
         kind = kind_of(request)
+        able = able_to_run(request, kind)
         try:
-            route = race.build(request, kind, race.decide(request, kind, able_to_run(request, kind)).backend)
+            route = race.build(request, kind, race.decide(request, kind, able).backend)
         except torch.OutOfMemoryError:
             if requested_backend(request.options.backend) is not Backend.AUTO:
                 raise
@@ -54,7 +56,7 @@ def route_of(request: Request) -> Route:
             cache.warn_once(f"{what}: memory is full, where the kernels have to be verified")
             return race.build(request, kind, backend)  # not kept, so the next call tries again
         if not request.modes.capturing:  # a route from a capture is not kept, since nothing was verified or raced
-            if len(_routes) >= MOST_ROUTES:
+            if len(_routes) >= MOST_ROUTES or _compiles(able, kind):
                 _routes.clear()
             _routes[key] = route
     return route
@@ -66,8 +68,21 @@ def forget() -> None:
     For tests and tools, after a change that no key of a route contains.
     """
     _routes.clear()
+    _compiled.clear()
     race.decided.clear()
     layer.forget_layers()
+
+
+def _compiles(able: Backend, kind: Kind) -> bool:
+    """Whether a kind of call is the first of this process whose passes the compiled loops of a CPU run.
+
+    Earlier calls that started no compilation are decided again after it.
+    """
+    if able not in KERNEL_BACKENDS or not available.is_compiled_once(able):
+        return False
+    new = {pass_.backward for pass_ in kind.passes} - _compiled
+    _compiled.update(new)
+    return bool(new)
 
 
 def able_to_run(request: Request, kind: Kind) -> Backend:
