@@ -148,9 +148,17 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _summary(device: torch.device) -> str:
     """Return one sentence: the default backend on a device, and how many of its kernels were verified and raced."""
     try:
-        requested_backend(None), requested_racing()
+        chosen, _ = requested_backend(None), requested_racing()
     except ValueError as error:
         return f"On this machine gpu_lstm raises: {error}"
+    if chosen is not Backend.AUTO:
+        asked_for = f"backend {chosen.value!r}, asked for by the variable {BACKEND_VARIABLE}"
+        why = why_unavailable(chosen, device, torch.float32)
+        return (
+            f"On this machine gpu_lstm runs {asked_for}"
+            if why is None
+            else f"On this machine {asked_for}, raises: {why}"
+        )
     backend, on_cpu = _expected(device), device.type == "cpu"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
@@ -284,7 +292,8 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
     """cached results: races, verification of kernels, measured plans"""
     if options.clear:
         cleared = sum(map(cache.remove, cache.KINDS))
-        shutil.rmtree(f"{cache.folder()}/compiled", ignore_errors=True)  # the compiled loops for CPUs
+        if (ours := cache.folder()) is not None and (loops := ours / "compiled").exists():
+            shutil.rmtree(loops)
         return {"cleared": cleared}, f"cached results cleared: {cleared}"
     rows, lines = [], []
     how_they_come = (

@@ -141,6 +141,26 @@ def test_the_doctor_says_that_every_call_raises_where_a_variable_is_wrong(monkey
     assert f" 'nonsense' in the environment variable {name}; expected one of " in first
 
 
+@pytest.mark.parametrize(("name", "said"), [
+    ("reference", "gpu_lstm runs backend 'reference', asked for by the variable GPU_LSTM_BACKEND"),
+    ("cupy", "backend 'cupy', asked for by the variable GPU_LSTM_BACKEND, raises: backend 'cupy' "),
+])  # fmt: skip
+def test_the_doctor_names_the_backend_that_the_variable_asks_for(monkeypatch, capsys, name, said):
+    monkeypatch.setenv(BACKEND_VARIABLE, name)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    first, *_ = printed_by(capsys)
+    assert first.startswith(f"On this machine {said}")
+
+
+def test_without_a_home_nothing_is_cleared(monkeypatch, capsys, tmp_path):
+    """The working directory is left alone, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cache, "folder", lambda: None)
+    (kept := tmp_path / "None" / "compiled").mkdir(parents=True)
+    assert printed_by(capsys, "races", "--clear") == ["cached results cleared: 0"]
+    assert kept.is_dir()
+
+
 def test_cached_results_are_the_users_alone(nothing_cached):
     """The modes do not depend on the umask."""
     before = os.umask(0)
