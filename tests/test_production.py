@@ -166,8 +166,10 @@ else:
 """  # a child runs the program before its parent does
 MISTYPED = "import os\nos.environ['GPU_LSTM_SHARED_CACHE'] = '/opt/gpu_lstn'\n"
 NO_TEMPORARY = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"  # no file can be written
-# Larger files cannot be written.
-FULL_DISK = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+# Larger files cannot be written. Python 3.11 would keep the first 4,096 bytes of its bytecode.
+FULL_DISK = (
+    "import resource, sys\nsys.dont_write_bytecode = True\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="as Linux has it")
 
 
