@@ -292,7 +292,8 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
     """cached results: races, verification of kernels, measured plans"""
     if options.clear:
         cleared = sum(map(cache.remove, cache.KINDS))
-        if (ours := cache.folder()) is not None and (loops := ours / "compiled").exists():
+        ours = cache.folder()
+        if ours is not None and (loops := ours / "compiled").is_dir() and not loops.is_symlink():  # links are not ours
             shutil.rmtree(loops)
         return {"cleared": cleared}, f"cached results cleared: {cleared}"
     rows, lines = [], []
