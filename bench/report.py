@@ -72,8 +72,7 @@ def is_ours(rows: pd.DataFrame) -> pd.Series:
 def by_case(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one line per case, ordered by the fields from the last to the first. Cases of one cell are together.
 
-    `speed` is the speed of gpu_lstm. Other columns are text. A time of torch.nn has a star if torch.nn does not support
-    the case, see STARRED.
+    `speed` is the speed of gpu_lstm. Other columns are text.
 
     A time of torch.nn has a star if torch.nn does not support the case, see STARRED.
     """

@@ -50,37 +50,38 @@ def next_cell(gates, c_prev, S):
     return c
 
 
-def cell_forward(x, z, c_prev, rest, constants, peepholes, S):
+def cell_forward(z_x, z_h, c_prev, rest, constants, peepholes, S):
     """Return the four gates, c and the rest after a step.
 
     Args:
-        x: the part of each pre-activation that comes from the input, in the order of the gates. A GRU's x has three
+        z_x: the part of each pre-activation that comes from the input, in the order of the gates. A GRU's z_x has three
             numbers, or four where h of some steps is known before the time loop. The fourth is then the part of s.
-        z: the part of each pre-activation that comes from h, in the order of the gradients.
+        z_h: the part of each pre-activation that comes from h, in the order of the gradients.
         c_prev: c before the step.
         rest: the rest before the step.
         constants: the peepholes p_i, p_f and p_o if `peepholes` is true. For a GRU: b_hh of r, z and s. Else empty.
+        peepholes: whether an LSTM has peepholes. Other cells do not read it.
     """
     if S.CELL == SLSTM:
-        z_i, z_f = x[0] + z[0], x[1] + z[1]
+        z_i, z_f = z_x[0] + z_h[0], z_x[1] + z_h[1]
         k = rest[0] + minimum(z_f, ZERO) - above(z_f)
         a = z_i - where(k < LOWEST, LOWEST, k)  # where z_i and k are both -inf, z_i - k would be NaN
-        gates = (sigmoid(a), sigmoid(-z_f), tanh(x[2] + z[2]), sigmoid(x[3] + z[3]))
+        gates = (sigmoid(a), sigmoid(-z_f), tanh(z_x[2] + z_h[2]), sigmoid(z_x[3] + z_h[3]))
         c, rest = next_cell(gates, c_prev, S), (maximum(k, z_i) + above(a),)
     elif S.CELL == GRU:
-        z_r, z_z, s = x[0] + z[1], x[1] + z[2], z[3]
+        z_r, z_z, s = z_x[0] + z_h[1], z_x[1] + z_h[2], z_h[3]
         if len(constants) > 0:
             z_r += constants[0]
             z_z += constants[1]
             s += constants[2]
-        if len(x) == 4:
-            s += x[3]
+        if len(z_x) == 4:
+            s += z_x[3]
         r = sigmoid(z_r)
-        # The last gate is s itself. x[2] is z_n, and tanh_as computes n as exactly as the dtype of x needs.
-        gates = (r, sigmoid(z_z), tanh_as(x[2] + r * s, x[2]), s)
+        # The last gate is s itself. z_x[2] is z_n, and tanh_as computes n as exactly as the dtype of z_x needs.
+        gates = (r, sigmoid(z_z), tanh_as(z_x[2] + r * s, z_x[2]), s)
         c = next_cell(gates, c_prev, S)
     else:
-        z_i, z_f, z_g, z_o = x[0] + z[0], x[1] + z[1], x[2] + z[2], x[3] + z[3]
+        z_i, z_f, z_g, z_o = z_x[0] + z_h[0], z_x[1] + z_h[1], z_x[2] + z_h[2], z_x[3] + z_h[3]
         if peepholes:
             z_i += constants[0] * c_prev
             z_f += constants[1] * c_prev

@@ -181,22 +181,23 @@ def in_the_loop(p: Problem, steps: int) -> dict[str, tuple[Shape, torch.dtype]]:
     return found
 
 
-def told_of(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
-    """Return the fields of a Problem that follow from tensors, see Row.told. Tensors that are None are left out."""
+def fields_of(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    """Return the fields of a Problem that follow from tensors, see Row.field. Tensors that are None are left out."""
     found = [(BY_NAME[name], t) for name, t in tensors.items() if t is not None]
-    return {row.name: row.told(t) for row, t in found if row.told is not None}
+    return {row.name: row.field(t) for row, t in found if row.field is not None}
 
 
-def problem_with(told: dict[str, Any], cell: str, steps: int, **facts: Any) -> Problem:
-    """Return the Problem of a layer, from the result of `told_of` and its other fields, where T = `steps`.
+def problem_with(fields: dict[str, Any], cell: str, steps: int, **facts: Any) -> Problem:
+    """Return the Problem of a layer, from the result of `fields_of` and its other fields, where T = `steps`.
 
     The time loop reads reset_h only for zoneout, since its product with W_hh is in the gates. Whether there is a bias
     b_hh, and whether h is known before the loop, matters only to a cell that has_constant.
     """
-    flags, constant = {name: value for name, value in told.items() if name in Problem._fields}, CELLS[cell].has_constant
-    flags["reset_h"] = "reset_h" in told and "zoneout_h" in told
-    flags["bias_hh"] = "bias_hh" in told and constant
-    flags["known_h"] = "reset_h" in told and constant
+    flags = {name: value for name, value in fields.items() if name in Problem._fields}
+    constant = CELLS[cell].has_constant
+    flags["reset_h"] = "reset_h" in fields and "zoneout_h" in fields
+    flags["bias_hh"] = "bias_hh" in fields and constant
+    flags["known_h"] = "reset_h" in fields and constant
     return Problem(min(steps, 2), cell=cell, **flags, **facts)
 
 
@@ -204,7 +205,7 @@ def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str) -> Prob
     """Return the problem of a call with these tensors."""
     (steps, batch, _), (_, _, hidden), width = inputs.x.shape, inputs.c0.shape, inputs.h0.shape[-1]
     return problem_with(
-        told_of(inputs._asdict()), cell, steps, batch=batch, hidden=hidden, dtype=inputs.x.dtype,
+        fields_of(inputs._asdict()), cell, steps, batch=batch, hidden=hidden, dtype=inputs.x.dtype,
         projected=0 if inputs.weight_hr is None else width, precision=precision,
         reverse=reverse, heads=max(1, width // max(1, inputs.weight_hh.shape[1])),
     )  # fmt: skip

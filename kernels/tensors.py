@@ -18,7 +18,7 @@ BY_LOOP, AFTER, NONE = "by the loop", "after the loop", None
 Verification compares these gradients. AFTER: it follows from the loop's results by products and sums over all steps.
 """
 THERE, DIMENSIONS, DTYPE = torch.is_tensor, Tensor.dim, lambda t: t.dtype  # torch.compile traces all three
-"""Values of Row.told: whether the tensor is there, its number of dimensions, or its dtype."""
+"""Values of Row.field: whether the tensor is there, its number of dimensions, or its dtype."""
 Shape = tuple[int, ...]
 
 
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     role: str
     loop: bool  # whether the time loop reads it; x, W_ih and b_ih are in the gates
     gradient: str | None  # BY_LOOP, AFTER or NONE
-    told: Callable[[Tensor], Any] | None = None  # computes the Problem's field of this name, if there is one
+    field: Callable[[Tensor], Any] | None = None  # computes the Problem's field of this name, if there is one
     sample: str = "normal"  # the kind of random numbers in verification, see gpu_lstm/verification/verify.py
 
     def sized(self, sizes: Mapping[str, int]) -> Shape:

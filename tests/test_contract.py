@@ -41,7 +41,7 @@ def test_what_a_problem_is_told_of_tensors():
         ("lstm", dict(zoneout_h=SCALAR), dict(zoneout_h=0, reset_h=True)),
         ("gru", dict(reset_h=None, reset_c=None), dict(bias_hh=True, reset_c=False)),
     ):  # fmt: skip
-        given = problem.told_of(tensors | more)
+        given = problem.fields_of(tensors | more)
         found = problem.problem_with(given, cell, 7, batch=3, hidden=5, dtype=F32)
         assert found == Problem(2, 3, 5, F32, cell=cell, **expected | told)
 

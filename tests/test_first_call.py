@@ -206,7 +206,7 @@ def test_what_is_quick_is_not_mentioned_and_no_thread_stays(an_h100, monkeypatch
     _choose(monkeypatch, verify=lambda *_: None)
     monkeypatch.undo()
     threads = {*threading.enumerate()}
-    with contextlib.suppress(KeyboardInterrupt), choose._told_if_slow("a trial"):
+    with contextlib.suppress(KeyboardInterrupt), choose._logged_if_slow("a trial"):
         assert len({*threading.enumerate()} - threads) == 1
         raise KeyboardInterrupt
     assert {*threading.enumerate()} <= threads

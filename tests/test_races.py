@@ -218,8 +218,9 @@ RESETS = dict(resets=True)
 def layers_of(monkeypatch, plan):
     """Give each layer the plan that plan(problem) returns. Return a list of the problems."""
     asked = []
-    monkeypatch.setattr(verify, "layer_of", lambda backend, problem, device: asked.append(problem) or SimpleNamespace(
-        chosen=lambda pass_: Chosen(plan(problem), False)))  # fmt: skip
+    monkeypatch.setattr(verify, "verified_layer", lambda backend, problem, device: (
+        asked.append(problem) or SimpleNamespace(chosen=lambda pass_: Chosen(plan(problem), False))
+    ))  # fmt: skip
     return asked
 
 

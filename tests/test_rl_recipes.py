@@ -564,7 +564,7 @@ def test_sentences_on_speed_have_the_stored_results():
          f"{kept('', 'cleanrl-loop')} MB, pieces keep {kept('', 'rl_games-pieces')} MB, and rsl_rl's padding keeps "
          f"{kept('', 'rsl_rl-padded')} MB. A GRU keeps {kept('-gru', 'ours')} MB, and its call for every step keeps "
          f"{kept('-gru', 'cleanrl-loop')} MB."),
-        (page, "an update is {:.2f} to {:.1f} times as fast. No GPU".format(*cut_or_pad.agg(["min", "max"]))),
+        (page, "an update is {:.2f} to {:.1f} times as fast.".format(*cut_or_pad.agg(["min", "max"]))),
         (page, "units is {:.2f} to {:.2f} times as fast as in pieces.".format(*rare.agg(["min", "max"]))),
         (page, f"a step of acting is {span(both[:1], 64, 4096, 'module', False, True)} times as fast with an LSTM."),
         (page, f"A `Stream` is {stream} the module"),

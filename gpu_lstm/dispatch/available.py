@@ -39,7 +39,7 @@ def select(argument: str | Backend | None, device: torch.device, kind: Kind, tra
     """
     choice, feature = requested_backend(argument), kind.feature
     if choice is Backend.AUTO:
-        choice = next((b for b in backends_for(device) if why_not(b, device, kind) is None), kind.other)
+        choice = next((b for b in backends_for(device) if why_not(b, device, kind) is None), kind.fallback)
     elif not supports(choice, feature):
         able = " or ".join(repr(b.value) for b in (*backends_for(device), Backend.REFERENCE) if supports(b, feature))
         raise ValueError(f"backend {choice.value!r} does not support {feature}; use {able}")

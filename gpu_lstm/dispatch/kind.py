@@ -12,7 +12,7 @@ from ..call.modes import Recording
 from ..call.request import Request
 from ..call.roles import RESET_STATES
 from ..call.weights import NAMES, size_of
-from ..kernels.problem import Pass, Problem, power_of_two, problem_with, told_of
+from ..kernels.problem import Pass, Problem, fields_of, power_of_two, problem_with
 
 
 class Kind(NamedTuple):
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
         return self.problems[0].dtype
 
     @property
-    def other(self) -> Backend:
+    def fallback(self) -> Backend:
         """The backend that runs the call without kernels of ours."""
         return Backend.REFERENCE if self.torch_lacks else Backend.TORCH
 
@@ -70,20 +70,22 @@ class Kind(NamedTuple):
 def kind_of(request: Request) -> Kind:
     """Return the Kind of a call."""
     options, traversal, cell, dtype = request.options, request.traversal, request.options.cell, dtype_of(request)
-    told = told_of(dict(zip(NAMES, request.weights[0][0])) | {"lengths": traversal.lengths, "resets": traversal.resets})
+    fields = fields_of(
+        dict(zip(NAMES, request.weights[0][0])) | {"lengths": traversal.lengths, "resets": traversal.resets}
+    )
     if request.form.packed is not None:
-        told["lengths"] = torch.int64
+        fields["lengths"] = torch.int64
     if traversal.reset_states is not None:
-        told |= {"reset_h": True, "reset_c": True}
-    for thing, rate in options.on:
-        told |= thing.flags(rate, options.training)
+        fields |= {"reset_h": True, "reset_c": True}
+    for regulariser, rate in options.on:
+        fields |= regulariser.flags(rate, options.training)
     sizes = options.sizes
     if request.modes.recording >= Recording.COMPILED:  # sizes of weights are constants, sizes of options may be symbols
         sizes = tuple([size_of(weights, cell.rows) for weights, *_ in request.weights])
     steps, batch = int(request.steps), int(request.batch)
     problems = [
         problem_with(
-            told, cell.name, steps, batch=batch, hidden=hidden, dtype=dtype, projected=projected,
+            fields, cell.name, steps, batch=batch, hidden=hidden, dtype=dtype, projected=projected,
             precision=request.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse or d == 1,
             heads=heads,
         )

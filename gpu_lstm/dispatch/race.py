@@ -110,7 +110,7 @@ def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> De
     entry = None if mode is Racing.OFF else cache.read(cache.RACES, _key(kind, able, device))
     if entry is None:
         return None
-    rivals = [able.value, kind.other.value]
+    rivals = [able.value, kind.fallback.value]
     if entry["backend"] not in rivals:
         cache.warn_once(f"a race is ignored: expected {' or '.join(rivals)}, got {entry!r}")
         return None
@@ -143,7 +143,7 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     if words := [word for word, is_there in slow.items() if is_there]:
         return Decision(able, f"expected: torch's {first.cell.upper()} is slow with {' and '.join(words)}")
     for problem in kind.problems[:: kind.directions]:
-        layer = verify.layer_of(able, problem._replace(side_by_side=kind.directions), device)
+        layer = verify.verified_layer(able, problem._replace(side_by_side=kind.directions), device)
         for pass_ in kind.passes:
             if (slower := layer.chosen(pass_).plan.slower) is not None:
                 return Decision(Backend.TORCH, f"expected: {slower}")
@@ -159,7 +159,7 @@ def _settle(request: Request, kind: Kind, able: Backend, mode: Racing, decision:
     There is no lock: a race waits for autograd's thread, and that thread may be deciding as well, in a checkpoint that
     it recomputes. Threads that decide at the same time do so independently, and the first result is kept.
     """
-    other = kind.other
+    other = kind.fallback
     with _generator(torch.device("cpu")).changed(), _generator(request.x.device).changed(), alone(grad=kind.training):
         try:
             _sample(request, kind, able, 2)()  # compiles and verifies the kernels
@@ -191,7 +191,7 @@ def _is_raced(kind: Kind, able: Backend) -> bool:
 
 def _race(request: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """Race kernels that are known to run. Where no race is allowed, return the expected decision."""
-    device, other, expected = request.x.device, kind.other, expected_winner(kind, able, request.x.device)
+    device, other, expected = request.x.device, kind.fallback, expected_winner(kind, able, request.x.device)
     if mode is not Racing.ON or not _is_raced(kind, able):
         return expected
     most = cpu_rule.steps_of_a_race(kind, LONGEST) if is_compiled_once(able) else LONGEST
@@ -220,7 +220,7 @@ def build(request: Request, kind: Kind, backend: Backend) -> Route:
     dtype = torch.float32 if wide else kind.dtype
     schedule = schedule_of(request, dtype.itemsize)
     problems = [problem._replace(side_by_side=schedule.side_by_side, dtype=dtype) for problem in kind.problems]
-    layers = [verify.layer_of(backend, problem, request.x.device) for problem in problems]
+    layers = [verify.verified_layer(backend, problem, request.x.device) for problem in problems]
     plain = kind.plain and backend is Backend.NUMBA  # the other backends' launches have no `inference`
     return Route(backend, kind.dtype, None, layers, schedule, plain, wide)
 

@@ -51,7 +51,7 @@ def route_of(request: Request) -> Route:
         except torch.OutOfMemoryError:
             if requested_backend(request.options.backend) is not Backend.AUTO:
                 raise
-            backend = kind.other
+            backend = kind.fallback
             what = f"backend 'auto' uses {backend.value!r} for {describe(kind, x.device)}"
             cache.warn_once(f"{what}: memory is full, where the kernels have to be verified")
             return race.build(request, kind, backend)  # not kept, so the next call tries again
@@ -103,7 +103,7 @@ def _route_while_watched(request: Request) -> Route:
     name = operator_name(backend, request.options.backend)
     if name.startswith(AUTO) and available.is_compiled_once(backend):
         # A program that is recorded here should also run where the package of this backend is missing.
-        return Route(kind.other, kind.dtype)
+        return Route(kind.fallback, kind.dtype)
     count_flops()
     return Route(backend, kind.dtype, name, wide=computes_in_float32(backend, kind.dtype))
 
@@ -128,7 +128,7 @@ def _route_in_a_graph(request: Request) -> Route:
     if problem:
         raise getattr(builtins, name, RuntimeError)(problem)  # errors of torch, as for full memory, are RuntimeErrors
     if request.modes.recording == Recording.ONNX and name.startswith(AUTO):
-        name, wide = kind.other.value, False
+        name, wide = kind.fallback.value, False
     backend, compiled = BACKEND_OF[name], request.modes.recording == Recording.COMPILED
     operators = name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None
     return Route(backend, kind.dtype, operators, wide=wide)

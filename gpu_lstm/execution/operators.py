@@ -96,7 +96,7 @@ def _runner(how: How, inputs: Inputs, pass_: Pass) -> Layer | Backend:
         if device.type not in package_of(backend.value).DEVICES:
             obstacle = launcher_of(backend.value).obstacle(device, problem.dtype)
         if obstacle is None:
-            layer = verify.layer_of(backend, problem, device)
+            layer = verify.verified_layer(backend, problem, device)
             if how.asked or layer.has_kernel(pass_, inputs):
                 return layer
     except ImportError as error:

@@ -47,7 +47,7 @@ Results = dict[str, Tensor]
 """Results of a forward pass or gradients of a backward pass, by name."""
 
 
-def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
+def verified_layer(backend: Backend, problem: Problem, device: torch.device) -> Layer:
     """Return the kept Layer of a backend for a problem on a device. It verifies each plan before its first use."""
     return kept_layer(launcher_of(backend.value), problem, device, verify, timer)
 

@@ -72,8 +72,8 @@ def forward_of(tile, n, peepholes, S):
     """Compute the gates, and replace the state before the step by the state after it."""
     w = floats(tile)
     for j in range(vectors(n)):
-        x, z, rest = four(w, GATES, j), four(w, OF_H, j), (w[REST + j],)
-        gates, w[C + j], rest = cell_forward(x, z, w[C + j], rest, constants_of(w, j), peepholes, S)
+        z_x, z_h, rest = four(w, GATES, j), four(w, OF_H, j), (w[REST + j],)
+        gates, w[C + j], rest = cell_forward(z_x, z_h, w[C + j], rest, constants_of(w, j), peepholes, S)
         put_four(w, GATES, j, gates)
         if S.CELL == SLSTM:
             w[REST + j] = rest[0]

@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
     K: int = 0  # the terms of a sum in one part of backward; in the cooperative family, the words of a piece
     BLOCK_K: int = 0  # the elements of K that are multiplied at a time
     PARTS: int = 1  # the parts of K in backward
-    AHEAD: bool = False  # see planning.py
+    AHEAD: bool = False  # whether the next batch tile is loaded before the cells of this one
     CHUNKS: int = 0  # the chunks of K that a warp multiplies
     STRIDE: int = 0  # the words of K from one chunk of a warp to the next
     PARTNERS: int = 1  # in backward, the programs that share the gates of their units

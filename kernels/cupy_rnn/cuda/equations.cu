@@ -37,28 +37,28 @@ __device__ float next_cell(const Gates& gates, float c_prev) {
 }
 
 template <Cell CELL>
-__device__ void cell_forward(const Gates& x, const Gates& z, const Constants& of, State& state, Gates& gates) {
+__device__ void cell_forward(const Gates& z_x, const Gates& z_h, const Constants& of, State& state, Gates& gates) {
     const float c_prev = state.c;
     if (CELL == Slstm) {
-        const float z_i = x[0] + z[0], z_f = x[1] + z[1], k = state.rest + fminf(z_f, 0.0f) - above(z_f);
+        const float z_i = z_x[0] + z_h[0], z_f = z_x[1] + z_h[1], k = state.rest + fminf(z_f, 0.0f) - above(z_f);
         const float a = z_i - (k < LOWEST ? LOWEST : k);  // where z_i and k are both -inf, z_i - k would be NaN
         gates[0] = sigmoid(a);
         gates[1] = sigmoid(-z_f);
-        gates[2] = tanhf(x[2] + z[2]);
-        gates[3] = sigmoid(x[3] + z[3]);
+        gates[2] = tanhf(z_x[2] + z_h[2]);
+        gates[3] = sigmoid(z_x[3] + z_h[3]);
         state = {next_cell<CELL>(gates, c_prev), fmaxf(k, z_i) + above(a)};
     } else if (CELL == Gru) {
-        gates[0] = sigmoid(x[0] + z[1] + of.k[0]);
-        gates[1] = sigmoid(x[1] + z[2] + of.k[1]);
-        gates[3] = x[3] + z[3] + of.k[2];
-        gates[2] = tanhf(x[2] + gates[0] * gates[3]);
+        gates[0] = sigmoid(z_x[0] + z_h[1] + of.k[0]);
+        gates[1] = sigmoid(z_x[1] + z_h[2] + of.k[1]);
+        gates[3] = z_x[3] + z_h[3] + of.k[2];
+        gates[2] = tanhf(z_x[2] + gates[0] * gates[3]);
         state.c = next_cell<CELL>(gates, c_prev);
     } else {
-        gates[0] = sigmoid(x[0] + z[0] + (of.there ? of.k[0] * c_prev : 0.0f));
-        gates[1] = sigmoid(x[1] + z[1] + (of.there ? of.k[1] * c_prev : 0.0f));
-        gates[2] = tanhf(x[2] + z[2]);
+        gates[0] = sigmoid(z_x[0] + z_h[0] + (of.there ? of.k[0] * c_prev : 0.0f));
+        gates[1] = sigmoid(z_x[1] + z_h[1] + (of.there ? of.k[1] * c_prev : 0.0f));
+        gates[2] = tanhf(z_x[2] + z_h[2]);
         state.c = next_cell<CELL>(gates, c_prev);
-        gates[3] = sigmoid(x[3] + z[3] + (of.there ? of.k[2] * state.c : 0.0f));
+        gates[3] = sigmoid(z_x[3] + z_h[3] + (of.there ? of.k[2] * state.c : 0.0f));
     }
 }
 

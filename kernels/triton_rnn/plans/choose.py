@@ -209,13 +209,15 @@ def choose_plan(
     refused: list[str] = []
     for group in [[plan] for plan in tried] if times is None else [tried[:MOST], tried[MOST:]]:
         new = [plan for plan in group if identity(plan) not in plans_in_use]
-        with _told_if_slow(f"compiling {len(new)} of at most {len(tried)} plans for {layer}; Triton keeps the result"):
+        with _logged_if_slow(
+            f"compiling {len(new)} of at most {len(tried)} plans for {layer}; Triton keeps the result"
+        ):
             reasons = dict(zip(new, why_they_do_not_fit(device, [(launches(plan), plan.blocks) for plan in new])))
         for plan in new:
             if reasons[plan] is None and refuses is not None:
                 kernel = FAMILIES[type(plan.family)].kernels[pass_.backward].__name__
                 what = f"the trial of {kernel} for {layer}, plan {tried.index(plan) + 1} of at most {len(tried)}"
-                with _told_if_slow(f"waiting for {what}; if it hangs, end this process: the next avoids it"):
+                with _logged_if_slow(f"waiting for {what}; if it hangs, end this process: the next avoids it"):
                     reasons[plan] = refuses(plan)
         right = [plan for plan in group if reasons.get(plan) is None]
         if times is not None and len(right) > 1:
@@ -346,7 +348,7 @@ def _with_cure(problem: str) -> str:
 
 
 @contextlib.contextmanager
-def _told_if_slow(what: str) -> Iterator[None]:
+def _logged_if_slow(what: str) -> Iterator[None]:
     """Log the reason of a wait if the block takes longer than SLOW_S, and again each time the wait has doubled."""
     ended, start = threading.Event(), time.monotonic()
 

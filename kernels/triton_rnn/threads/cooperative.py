@@ -192,11 +192,11 @@ def cooperative_forward_kernel(
         # Load. The data arrive during the wait. They stay as stored, since a conversion would wait for them.
         here = here_at(step, tile, owned, batch, S)
         cells = here.cells
-        x, c_prev, rest_prev = states.load_cells(cell.c_n_ptr, cell, cells, B, S)
+        z_x, c_prev, rest_prev = states.load_cells(cell.c_n_ptr, cell, cells, B, S)
         share_c = noise.load_share(cell.zoneout_c_ptr, cells)
         h_kept = states.load_h_before(hidden, tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr), cells.state_at, cells)
 
-        # Collect h before the step, which the group published, and multiply: z has the four gates of the thread's cell.
+        # Collect h before the step, which the group published, and multiply: z_h has the four gates of a thread's cell.
         if not S.AHEAD:
             before = h_before(step, tile, words_ptr, batch, S)
         wait = Wait(error_ptr, step, delay, None)
@@ -205,7 +205,7 @@ def cooperative_forward_kernel(
             _, first = place_in_row(S)
             factors_ptr = of_head(hidden.dropout_h_ptr, S) + before.index.to(tl.int64) * (S.HEADS * S.W) + first
             h_prev = scale(h_prev, factors_ptr, before.words.left, S.STRIDE, DTYPE)
-        z = gates_of_cell(product(weights, h_prev, DTYPE), owned, turn, S)
+        z_h = gates_of_cell(product(weights, h_prev, DTYPE), owned, turn, S)
 
         # Look ahead. The words of the next turn arrive while the cell of this turn is computed.
         next_step, next_tile = next_turn(step, tile, 1, B)
@@ -213,7 +213,7 @@ def cooperative_forward_kernel(
             before = h_before(next_step, next_tile, words_ptr, batch, S)
 
         # Gates and cell.
-        gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, len(constants) > 0, S)
+        gates, c, rest = cell_forward(z_x, z_h, c_prev, rest_prev, constants, len(constants) > 0, S)
         h = output(gates[3], c, S)
         c, h = noise.zoneout(c, (c_prev,) + share_c), noise.zoneout(h, h_kept)
 

@@ -112,10 +112,10 @@ def resident_forward_kernel(
     for step in range(T):
         now = cells_at_step(step, owned, batch, S)
         # Load: x W_ih^T + b of the gates, and the state before the step. The product should hide the latency.
-        x, h_before, operand, c_before, rest_before = (), (), (), (), rest
+        z_x, h_before, operand, c_before, rest_before = (), (), (), (), rest
         for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
-            x = x + (states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X),)
+            z_x = z_x + (states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X),)
             h_before = h_before + (tl.where(cells.reset, 0.0, h[n]).to(DTYPE),)
             h_float = h_before[n].to(tl.float32)
             h_float = noise.dropout(h_float, hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
@@ -133,11 +133,13 @@ def resident_forward_kernel(
             cells, c_prev = Offsets(*now[n]), c_before[n]
             # In an LSTM, SUMS is 8. The sums of a thread for 8 units are i0 i1 f0 f1 g0 g1 o0 o1, where 0 and 1 are its
             # two sequences. Cell 0 takes sums 0, 2, 4 and 6, cell 1 takes 1, 3, 5 and 7. The next 8 units begin at 8.
-            z = after_zeros(products[n // 2 * SUMS + n % 2 : n // 2 * SUMS + SUMS : 2])
+            z_h = after_zeros(products[n // 2 * SUMS + n % 2 : n // 2 * SUMS + SUMS : 2])
             rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY,))
             # Each cell is stored before the next one is computed. The gates of few cells wait in registers then, and
             # the kernel needs fewer instructions.
-            gates, c_next, rest_next = cell_forward(x[n], z, c_prev, rest_prev, constants[n], len(constants[n]) > 0, S)
+            gates, c_next, rest_next = cell_forward(
+                z_x[n], z_h, c_prev, rest_prev, constants[n], len(constants[n]) > 0, S
+            )
             h_next = output(gates[3], c_next, S)
             c_next = noise.zoneout(c_next, (c_prev,) + noise.load_share(cell.zoneout_c_ptr, cells))
             h_prev = states.reset_to(h_before[n].to(tl.float32), hidden.reset_h_ptr, cells)

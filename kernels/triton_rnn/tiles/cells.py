@@ -8,7 +8,7 @@ from ..equations import cell_backward, cell_forward, output, output_backward
 
 
 @triton.jit
-def load_beside(h_prev_ptr, hidden, cell, tile, S: tl.constexpr):
+def load_constants_and_h(h_prev_ptr, hidden, cell, tile, S: tl.constexpr):
     """Load what forward_cells and store_hidden need besides load_cells.
 
     Returns (the constants, the share of c that stays with zoneout, states.load_h_before).
@@ -20,9 +20,11 @@ def load_beside(h_prev_ptr, hidden, cell, tile, S: tl.constexpr):
 
 @triton.jit
 def forward_cells(
-    x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S: tl.constexpr, AT_END: tl.constexpr = False
+    z_x, z_h, c_prev, rest_prev, constants, share_c, cell, tile, B, S: tl.constexpr, AT_END: tl.constexpr = False
 ):  # fmt: skip
-    """Compute the cells of a step from z, the four gates of W_hh h, each [BB, BH].
+    """Compute the cells of a step from z_x and z_h, the parts of the four pre-activations that come from x and from h.
+
+    Each of them is [BB, BH].
 
     `constants` is a tuple: the peepholes p_i, p_f and p_o of an LSTM, b_hh of a GRU's gates, or empty. `share_c` is
     empty without zoneout of c. With zoneout it has one item, the share of c that stays: a mask [BB, BH], or a rate.
@@ -31,7 +33,7 @@ def forward_cells(
     activated gates and c for the backward pass, the rest, and c_n. If AT_END, c_n is stored only where a sequence ends.
     """
     cells = tile.cells
-    gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, len(constants) > 0, S)
+    gates, c, rest = cell_forward(z_x, z_h, c_prev, rest_prev, constants, len(constants) > 0, S)
     m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
     c_next = noise.zoneout(c, (c_prev,) + share_c)
     tl.store(cell.c_n_ptr + cells.state_at, c_next, mask=cells.valid & cells.is_last if AT_END else cells.valid)

@@ -16,7 +16,7 @@ from ..cell.indexing import Batch
 from ..exchange import arrive, unless_timed_out, wait_for
 from ..parameters import Arrivals, CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from . import operands
-from .cells import backward_step, forward_cells, load_beside
+from .cells import backward_step, forward_cells, load_constants_and_h
 from .operands import Rows, load_rows, load_weights, of_head
 
 # The arguments of await_h: h before the step, [B, H] at step 0 and [T*B, H] at later steps; factors of dropout [B, H].
@@ -81,19 +81,19 @@ def held_forward_kernel(
             if not S.AHEAD:
                 poll_limit, h_prev = await_h(before, batch_tile, step, poll_limit, S)
             if EARLY:
-                constants, share_c, h_kept = load_beside(h_prev_ptr, hidden, cell, tile, S)
-            x, c_prev, rest_prev = states.load_cells(c_prev_ptr, cell, tile.cells, B, S)
+                constants, share_c, h_kept = load_constants_and_h(h_prev_ptr, hidden, cell, tile, S)
+            z_x, c_prev, rest_prev = states.load_cells(c_prev_ptr, cell, tile.cells, B, S)
 
-            # Product: z = W_hh h, the four gates of the tile's units [BB, 4 BH].
-            z = unless_timed_out(product_of_held(held, h_prev, S), poll_limit)
+            # Product: z_h = W_hh h, the four gates of the tile's units [BB, 4 BH].
+            z_h = unless_timed_out(product_of_held(held, h_prev, S), poll_limit)
             if S.AHEAD:
                 poll_limit, h_prev = await_h(before, batch_tile + stride, step, poll_limit, S)
 
             # Gates and cell, then publish h: the counter says that the tile's part of it is stored.
             if not EARLY:
-                constants, share_c, h_kept = load_beside(h_prev_ptr, hidden, cell, tile, S)
-            z = indexing.split_gates(z)
-            h, _, _ = forward_cells(x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S)
+                constants, share_c, h_kept = load_constants_and_h(h_prev_ptr, hidden, cell, tile, S)
+            z_h = indexing.split_gates(z_h)
+            h, _, _ = forward_cells(z_x, z_h, c_prev, rest_prev, constants, share_c, cell, tile, B, S)
             states.store_hidden(h, hidden, h_kept, tile.cells)
             if step + 1 < T:
                 arrive(arrivals.arrivals_ptr + batch_tile, poll_limit)

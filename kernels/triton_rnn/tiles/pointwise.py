@@ -38,10 +38,10 @@ def gates_and_cell(z_ptr, cell, tile, step, B, S: tl.constexpr):
     """Load the inputs of the cells of a step, and return the result of cells.forward_cells."""
     SAVE: tl.constexpr = cell.c_ptr is not None
     cells = tile.cells
-    x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X)
-    z = (0.0, 0.0, 0.0, 0.0)
+    z_x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X)
+    z_h = (0.0, 0.0, 0.0, 0.0)
     if z_ptr is not None:
-        z = states.load_gates(z_ptr, at_in_z(tile, S), cells.valid, S.D)
+        z_h = states.load_gates(z_ptr, at_in_z(tile, S), cells.valid, S.D)
     c_prev_ptr = cell.c0_ptr if step == 0 else cell.c_n_ptr
     if SAVE:
         saved = Saved(cell.gates_ptr, cell.c_ptr, cell.c0_ptr, cell.reset_c_ptr)
@@ -51,7 +51,7 @@ def gates_and_cell(z_ptr, cell, tile, step, B, S: tl.constexpr):
     rest_prev = states.load_rest(c_prev_ptr, cells, cells.continues, B, S.EMPTY, S)
     constants = states.load_constants_forward(cell, tile.unit[None, :], S)
     share_c = noise.load_share(cell.zoneout_c_ptr, cells)
-    return forward_cells(x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S, SAVE)
+    return forward_cells(z_x, z_h, c_prev, rest_prev, constants, share_c, cell, tile, B, S, SAVE)
 
 
 @triton.jit(repr=name_in_profiles("pointwise_forward_kernel"), do_not_specialize=["step", "T", "B"])

@@ -16,7 +16,7 @@ from ..cell.indexing import Batch, rows_of_product
 from ..exchange import grid_barrier, unless_timed_out
 from ..parameters import Arrivals, CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from . import operands
-from .cells import backward_step, forward_cells, load_beside
+from .cells import backward_step, forward_cells, load_constants_and_h
 from .operands import Rows, load_rows, load_weights, of_head
 
 
@@ -44,17 +44,17 @@ def step_forward_kernel(
         h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_ptr)
         c_prev_ptr = tl.where(step == 0, cell.c0_ptr, cell.c_n_ptr)
         for number in range(tl.program_id(0), tl.cdiv(B, S.BLOCK_B) * S.TILES, tl.num_programs(0)):
-            # Load and product: z = W_hh h, the four gates of a tile's units [BB, 4 BH], then each [BB, BH].
+            # Load and product: z_h = W_hh h, the four gates of a tile's units [BB, 4 BH], then each [BB, BH].
             tile = indexing.tile_of(number, step, batch, S)
             at, factors_at = tile.position.row_prev * S.H, tile.sequence.index.to(tl.int64) * S.H
             h_prev = Rows(h_prev_ptr, at, tile.position.continues, hidden.dropout_h_ptr, factors_at)
-            z = product_over_k(h_prev, operands.weights_of_gates(weight_hh_ptr, tile.unit_tile, S), S.D, S)
-            x, c_prev, rest_prev = states.load_cells(c_prev_ptr, cell, tile.cells, B, S)
-            z = indexing.split_gates(unless_timed_out(z, poll_limit))
+            z_h = product_over_k(h_prev, operands.weights_of_gates(weight_hh_ptr, tile.unit_tile, S), S.D, S)
+            z_x, c_prev, rest_prev = states.load_cells(c_prev_ptr, cell, tile.cells, B, S)
+            z_h = indexing.split_gates(unless_timed_out(z_h, poll_limit))
 
             # Gates and cell, then store h.
-            constants, share_c, h_kept = load_beside(h_prev_ptr, hidden, cell, tile, S)
-            h, _, _ = forward_cells(x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S)
+            constants, share_c, h_kept = load_constants_and_h(h_prev_ptr, hidden, cell, tile, S)
+            h, _, _ = forward_cells(z_x, z_h, c_prev, rest_prev, constants, share_c, cell, tile, B, S)
             states.store_hidden(h, hidden, h_kept, tile.cells)
         if WAITS and step + 1 < T:
             poll_limit = grid_barrier(arrivals, step + 1, poll_limit, step)
