@@ -1,6 +1,7 @@
 """A user's call is checked here, and nowhere else."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def request_of(
         # since it may run with other resets.
         readable = x.is_cpu and now.transforms == Transforms.NONE
         if role.kept == 1 and options.directions == 1 and (steps == 1 or (readable and not resets[1:].any())):
-            states = _reset_before_the_first_step(states, lengths, resets)
+            states = _reset_before_the_first_step(states, lengths, resets[0], readable)
             traversal = Traversal(lengths)
     return Request(x, steps, batch, states, weights, traversal, options, form, now, learns)
 
@@ -142,13 +143,23 @@ def _check_tensors(
     return grad and learns, plain
 
 
-def _reset_before_the_first_step(states: list[State], lengths: Tensor | None, resets: Any) -> list[State]:
-    """Return the initial states of the forward direction. They are zeroed for each sequence that is reset at time 0."""
-    reset = resets[0, :, None]  # [B, 1]
+def _reset_before_the_first_step(
+    states: list[State], lengths: Tensor | None, reset: Tensor, readable: bool
+) -> list[State]:
+    """Return the initial states of the forward direction, zeroed where `reset` [B] is True.
+
+    `readable` says that the values of `reset` may be read.
+    """
     if lengths is not None:
-        reset = reset & (lengths > 0)[:, None]
-    zeroed = [(h.masked_fill(reset, 0), c) for h, c in states]
-    return [(h, h if before is c else c.masked_fill(reset, 0)) for (h, c), (before, _) in zip(zeroed, states)]
+        reset = reset & (lengths > 0)
+    if not readable:
+        zero = partial(torch.masked_fill, mask=reset[:, None], value=0)
+    elif not reset.any():  # as in most steps of an agent that acts
+        return states
+    else:  # vectorised, unlike masked_fill
+        zero = partial(torch.index_fill, dim=-2, index=reset.nonzero().squeeze(1), value=0)
+    zeroed = [(zero(h), c) for h, c in states]
+    return [(h, h if before is c else zero(c)) for (h, c), (before, _) in zip(zeroed, states)]
 
 
 def takes_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:

@@ -21,7 +21,7 @@ from ..call.sequences import Traversal
 from ..kernels.heads import dense
 from ..kernels.private import copy_all
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
-from ..modules.arguments import NOT_OF_TORCH, Layers, recast
+from ..modules.arguments import NOT_OF_TORCH, OverSequences, recast
 from ..tools.convert import OURS
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -105,7 +105,7 @@ class GoBackwards(nn.Module):
 
     def __init__(self, module: Rnn) -> None:
         super().__init__()
-        if not isinstance(module, Layers):
+        if not isinstance(module, OverSequences):
             raise TypeError(f"GoBackwards accepts {_ACCEPTED}, got {type(module).__name__}")
         if module.bidirectional or not module.batch_first:
             got = f"bidirectional={module.bidirectional} and batch_first={module.batch_first}"
@@ -209,7 +209,7 @@ def to_keras(module: nn.Module) -> Any:
     rnn: Any = module.module if backwards else module
     if ours := OURS.get(type(rnn)):
         rnn = recast(rnn, ours)
-    pair = next((pair for pair in PAIRS if isinstance(rnn, Layers) and rnn._cell is pair.module._cell), None)
+    pair = next((pair for pair in PAIRS if isinstance(rnn, OverSequences) and rnn._cell is pair.module._cell), None)
     if pair is None:
         raise TypeError(f"to_keras accepts {_ACCEPTED}, or GoBackwards, got {type(rnn).__name__}")
     keras = import_keras()

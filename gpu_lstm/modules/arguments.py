@@ -180,7 +180,7 @@ class HasVariants(Checked):
         return self._norms if 0 < len(self._norms) < len(NORMS) else bool(self._norms)
 
 
-class Layers(Checked):
+class OverSequences(Checked):
     """A mixin for the modules that run layers over sequences, unlike cells. Its regularisers may be set at any time."""
 
     recurrent_dropout: float = 0.0

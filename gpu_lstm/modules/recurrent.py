@@ -15,7 +15,7 @@ from ..call.choices import AnyBackend
 from ..call.weights import State
 from ..kernels import cells
 from ..kernels.private import compiler_callback
-from .arguments import Called, DropIn, HasVariants, Layers
+from .arguments import Called, DropIn, HasVariants, OverSequences
 from .tracing import in_eager_mode
 
 # torch's classes are bound when this module is imported. So `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
@@ -23,7 +23,7 @@ from .tracing import in_eager_mode
 States = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class Recurrent(DropIn, Layers):
+class Recurrent(DropIn, OverSequences):
     """The base class of LSTM, GRU and SLSTM. It is a mixin for torch's RNNBase."""
 
     _role = roles.Module

@@ -12,11 +12,11 @@ from ..call import roles
 from ..call.checks import check_bool, check_heads, check_positive
 from ..call.choices import AnyBackend
 from ..call.weights import LAYER_NORM, PEEPHOLES, AllWeights, State, weights_now
-from .arguments import Called, HasVariants, Layers, norms_of, repr_of
+from .arguments import Called, HasVariants, OverSequences, norms_of, repr_of
 from .recurrent import GRU, LSTM
 
 
-class Stack(Layers, nn.Module):
+class Stack(OverSequences, nn.Module):
     """The base class of StackedLSTM and StackedGRU. The state of a layer is a pair (h, c), or h alone."""
 
     input_size: int

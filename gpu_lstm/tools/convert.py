@@ -13,7 +13,7 @@ from torch.nn.modules import rnn
 from .. import compat as drop_in
 from ..call.checks import check_bool
 from ..modules import GRU, LSTM, GRUCell, LSTMCell
-from ..modules.arguments import NOT_OF_TORCH, Checked, Layers, recast
+from ..modules.arguments import NOT_OF_TORCH, Checked, OverSequences, recast
 from ..modules.stacked import Stack
 from .xlstm import CELLS
 
@@ -147,7 +147,7 @@ def _check_that_torch_has_it(where: str, module: Any) -> None:
             raise ValueError(f"{where} has {name}={value}, which {_name(_THEIRS[type(module)])} has not")
 
 
-def check_layers(function: str, module: object, classes: Any = Layers) -> None:
+def check_layers(function: str, module: object, classes: Any = OverSequences) -> None:
     """Raise TypeError unless `function` accepts `module`, which has to be of one of these classes."""
     if not isinstance(module, classes):
         advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, rnn.LSTM | rnn.GRU)

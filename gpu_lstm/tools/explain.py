@@ -18,7 +18,7 @@ from ..dispatch.execute import Route
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.route import able_to_run
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
-from ..modules.arguments import Layers
+from ..modules.arguments import OverSequences
 from ..verification.verify import cached_verdict
 from .convert import check_layers
 from .xlstm import ByOurs
@@ -109,10 +109,10 @@ def explain(
         ValueError, RuntimeError, TypeError, ImportError: The same errors as in a call of `module`, except for errors
             about hx. This includes the errors of a chosen backend that cannot run the call.
     """
-    check_layers("explain", module, Layers | ByOurs)
+    check_layers("explain", module, OverSequences | ByOurs)
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
-    if isinstance(module, Layers):
+    if isinstance(module, OverSequences):
         request = module._request(x, None, lengths, resets, reset_states)
     elif (found := module.request(x)) is not None:
         request = found
