@@ -2,6 +2,8 @@
 
 import copy
 import os
+import platform
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from unittest.mock import Mock
@@ -17,7 +19,7 @@ from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available, race, route
 from gpu_lstm.kernels import cache, numba_rnn
-from gpu_lstm.kernels.numba_rnn import build, launch
+from gpu_lstm.kernels.numba_rnn import build, equations, launch, product
 
 pytest.importorskip("numba")
 
@@ -143,6 +145,15 @@ def test_few_steps_are_one_call_of_a_compiled_function_a_layer(calls, kind, opti
             if "Cell" not in kind:
                 found[0][0].fill_(torch.nan)  # which changes no state
     assert calls.call_count == 3 * layers
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these registers are of x86-64")
+def test_the_cells_divide_in_the_widest_registers():
+    """LLVM prefers half of them for Intel's CPUs."""
+    equations.forward.compile("void(intp, intp, intp, boolean)")
+    (code,) = equations.forward.inspect_asm().values()
+    widest = {16: "z", 8: "y", 4: "x"}[product.LANES]
+    assert set(re.findall(r"divps\t.*%([xyz])mm", code)) == {widest}
 
 
 @gpu_lstm.racing("off")
