@@ -157,7 +157,7 @@ def dots(
     out_stride: Any,
     K: Any,
 ) -> None:
-    """out [rows, HALF] = x [rows, K] weight [HALF, K]^T, for one or two rows, and for at least one whole vector of K.
+    """out [rows, HALF] = x [rows, K] weight [HALF, K]^T, two rows at a time, and for at least one whole vector of K.
 
     Rows of the weight past `last` are not read. Row `last` takes their place.
     """
@@ -166,8 +166,8 @@ def dots(
         row = builder.select(builder.icmp_signed("<", INDEX(r), last), INDEX(r), last)
         of_w.append(e.at(weight, builder.mul(row, weight_stride)))
 
-    def emit(count: int) -> None:
-        of_x = [x, e.at(x, x_stride)][:count]
+    def emit(count: int, first: Any) -> None:
+        of_x = [e.at(x, builder.mul(x_stride, builder.add(first, INDEX(r)))) for r in range(count)]
 
         def factors(k: Any) -> list[Any]:
             a, w = ([e.load(e.at(row, k)) for row in of] for of in (of_x, of_w))
@@ -183,14 +183,24 @@ def dots(
             size *= 2
         for r in range(count):
             half = e.shuffle(sums[0], sums[0], range(r * HALF, r * HALF + HALF))
-            e.store(half, e.at(out, builder.mul(out_stride, INDEX(r))))
+            e.store(half, e.at(out, builder.mul(out_stride, builder.add(first, INDEX(r)))))
 
-    one, two, done = (builder.append_basic_block() for _ in range(3))
-    builder.cbranch(builder.icmp_signed("==", rows, INDEX(1)), one, two)
-    for count, here in enumerate((one, two), 1):
-        builder.position_at_end(here)
-        emit(count)
-        builder.branch(done)
+    start, (head, two, rest, one, done) = builder.block, [builder.append_basic_block() for _ in range(5)]
+    builder.branch(head)
+    builder.position_at_end(head)
+    first = builder.phi(INDEX)
+    first.add_incoming(INDEX(0), start)
+    following = builder.add(first, INDEX(2))
+    builder.cbranch(builder.icmp_signed("<=", following, rows), two, rest)
+    builder.position_at_end(two)
+    emit(2, first)
+    first.add_incoming(following, builder.block)
+    builder.branch(head)
+    builder.position_at_end(rest)
+    builder.cbranch(builder.icmp_signed("<", first, rows), one, done)
+    builder.position_at_end(one)
+    emit(1, first)
+    builder.branch(done)
     builder.position_at_end(done)
 
 
@@ -237,8 +247,9 @@ def by_rows(x, x_stride, weight, weight_stride, out, out_stride, count, K, N, sc
     whole, w, of_x = K // LANES * LANES, floats(weight), floats(x)
     for n in range(0, N, HALF):
         columns = min(HALF, N - n)
-        for b in range(0, count, 2):
-            rows, to = min(2, count - b), out + SIZE * (b * out_stride + n)
+        most = max(1, count) if columns == HALF else 2  # `scratch` has room for two
+        for b in range(0, count, most):
+            rows, to = min(most, count - b), out + SIZE * (b * out_stride + n)
             place, stride = (to, out_stride) if columns == HALF else (scratch, HALF)
             if whole:
                 at = x + SIZE * b * x_stride, x_stride, weight + SIZE * n * weight_stride, weight_stride
