@@ -54,6 +54,7 @@ def run(file: Path | None, threads: int) -> int:
         RuntimeError: two ways differ in their results.
     """
     torch.set_num_threads(threads)
+    gpu_lstm.GRU(HIDDEN, HIDDEN)(torch.randn(20, 2, HIDDEN))  # compiles the loops, which a call of one step never does
     for cell, N, resets in itertools.product(CELLS, ENVIRONMENTS, (False, True)):
         calls = ways(cell, N, resets)
         found = {way: call() for way, call in calls.items()}
