@@ -18,6 +18,7 @@ from watching import Watched
 
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
+from gpu_lstm.call import prepare
 from gpu_lstm.kernels.cells import CELLS
 
 BF16 = torch.bfloat16
@@ -212,8 +213,12 @@ def test_what_is_computed_again_has_the_dtypes_of_the_rest(how):
 @pytest.mark.parametrize(("places", "steps"), [
     ([], T), ([(0, 1)], T), ([(0, 1), (2, 0)], T + 1), ([(2, 0), (2, 2)], T + 1), ([(1, 0), (2, 2), (3, 0)], T + 2),
 ])  # fmt: skip
+@pytest.mark.parametrize("many", [B - 1, B])
 @both_kinds
-def test_on_the_host_resets_after_the_first_step_are_steps_of_one_call(spy, kind, places, steps, lengths):
+def test_on_the_host_resets_after_the_first_step_are_steps_of_one_call(
+    monkeypatch, spy, kind, many, places, steps, lengths
+):
+    monkeypatch.setattr(prepare, "MANY", many)
     resets, stack = torch.zeros(T, B, dtype=torch.bool), spy(torch_rnn, "stack")
     for place in places:
         resets[place] = True

@@ -18,6 +18,8 @@ from .roles import RESET_STATES, Form
 from .sequences import EVERY_STEP, Traversal
 from .weights import AllWeights, State, Weights, size_of
 
+MANY = 256  # with more sequences index_fill is faster than masked_fill, which is not vectorised
+
 
 def request_of(
     options: Options, weights: AllWeights, input: Tensor | PackedSequence, hx: Any = None,
@@ -69,7 +71,7 @@ def request_of(
         # since it may run with other resets.
         readable = x.is_cpu and now.transforms == Transforms.NONE
         if role.kept == 1 and options.directions == 1 and (steps == 1 or (readable and not resets[1:].any())):
-            states = _reset_before_the_first_step(states, lengths, resets[0], readable)
+            states = _reset_before_the_first_step(states, lengths, resets, readable)
             traversal = Traversal(lengths)
     return Request(x, steps, batch, states, weights, traversal, options, form, now, learns)
 
@@ -144,19 +146,17 @@ def _check_tensors(
 
 
 def _reset_before_the_first_step(
-    states: list[State], lengths: Tensor | None, reset: Tensor, readable: bool
+    states: list[State], lengths: Tensor | None, resets: Tensor, readable: bool
 ) -> list[State]:
-    """Return the initial states of the forward direction, zeroed where `reset` [B] is True.
+    """Return the initial states of the forward direction, zeroed where `resets` [T, B] are True, which are at time 0.
 
-    `readable` says that the values of `reset` may be read.
+    `readable` says that the values of `resets` may be read.
     """
-    if lengths is not None:
-        reset = reset & (lengths > 0)
-    if not readable:
-        zero = partial(torch.masked_fill, mask=reset[:, None], value=0)
-    elif not reset.any():  # as in most steps of an agent that acts
+    if readable and not resets.any():  # as in most steps of an agent that acts
         return states
-    else:  # vectorised, unlike masked_fill
+    reset = resets[0] if lengths is None else resets[0] & (lengths > 0)
+    zero = partial(torch.masked_fill, mask=reset[:, None], value=0)
+    if readable and len(reset) > MANY:
         zero = partial(torch.index_fill, dim=-2, index=reset.nonzero().squeeze(1), value=0)
     zeroed = [(zero(h), c) for h, c in states]
     return [(h, h if before is c else zero(c)) for (h, c), (before, _) in zip(zeroed, states)]
