@@ -521,10 +521,11 @@ def test_sentences_on_speed_have_the_stored_results():
     """test_documentation.py compares the tables."""
     page, streaming = (" ".join(text.split()) for text in (PAGE, STREAMING))
     acting, ppo = (pd.read_csv(ROOT / "bench" / "results" / "cpu" / f"{name}.csv") for name in ("acting", "ppo"))
-    acting = acting[acting["device"].str.endswith("1 thread")]
+    acting, on_xeon = (acting[acting["device"] == f"{cpu}, 1 thread"] for cpu in (
+        "AMD EPYC", "Intel(R) Xeon(R) Processor"))  # fmt: skip
 
-    def span(cell, low, high, way, *resets):
-        its = acting[acting["cell"].isin(cell) & acting["N"].between(low, high) & acting["resets"].isin(resets)]
+    def span(cell, low, high, way, *resets, rows=acting):
+        its = rows[rows["cell"].isin(cell) & rows["N"].between(low, high) & rows["resets"].isin(resets)]
         return "{:.2f} to {:.2f}".format(*its[f"{way}, times as fast"].agg(["min", "max"]))
 
     at = ppo.set_index(["cell", "N", "H"]).sort_index()
@@ -567,6 +568,11 @@ def test_sentences_on_speed_have_the_stored_results():
         (page, "an update is {:.2f} to {:.1f} times as fast.".format(*cut_or_pad.agg(["min", "max"]))),
         (page, "units is {:.2f} to {:.2f} times as fast as in pieces.".format(*rare.agg(["min", "max"]))),
         (page, f"a step of acting is {span(both[:1], 64, 4096, 'module', False, True)} times as fast with an LSTM."),
+        (page, f"Xeon, a step of a GRU is {span(both[1:], 2, 4096, 'module', False, True, rows=on_xeon)} times"),
+        (page, "the module was {} times as fast with an LSTM and 2 or 8 environments, and {} times with more. With a "
+         "GRU it was {} times as fast with up to 64 environments, and {} times with more.".format(*(
+             span([cell], *sizes, "module", False, True, rows=on_xeon) for cell, *sizes in (
+                 ("LSTM", 2, 8), ("LSTM", 64, 4096), ("GRU", 2, 64), ("GRU", 512, 4096))))),
         (page, f"A `Stream` is {stream} the module"),
         (streaming, f"a `Stream` is {stream} a call of its module"),
         (streaming, "and {:.2f} to {:.2f} times in the steps of".format(*steps.agg(["min", "max"]))),

@@ -87,5 +87,5 @@ if __name__ == "__main__":
     measured, acting = (pd.read_csv(RESULTS / f"{name}.csv") for name in ("ppo", "acting"))
     drawn(measured[measured["H"] == HIDDEN]).savefig(PICTURE, dpi=200)
     changed = write(PAGE.read_text(), "| cell, units | environments |", iterations(measured))
-    one_thread = acting[acting["device"].str.endswith("1 thread")]
+    one_thread = acting[acting["device"] == "AMD EPYC, 1 thread"]
     PAGE.write_text(write(changed, "| cell, N |", steps(one_thread)))
