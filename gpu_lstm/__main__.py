@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
         command.set_defaults(run=run)
     commands["compile"].add_argument("--cells", nargs="+", choices=CELLS, default=[*CELLS], help="default: all")
-    commands["compile"].add_argument("--hidden", nargs="+", type=_positive, default=[128], help="units of each layer")
-    commands["compile"].add_argument("--dtype", choices=["fp32"], help="the one that the loops compute in")
+    commands["compile"].add_argument("--hidden", nargs="+", type=_positive, default=[128], help="units, default: 128")
+    commands["compile"].add_argument("--dtype", choices=["fp32"], help="the only one: the loops compute in float32")
     plan = commands["plan"]
     for command, dtype in ((plan, "bf16"), (commands["explain"], "tf32")):
         command.add_argument("--cell", choices=CELLS, default="lstm", help="default: %(default)s")
@@ -266,12 +266,19 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         found[name] = dict(plan=plan.as_json(), others=[each.as_json() for each in others])
         lines += [
             f"\n{name}: {plan.family.name}, {plan.why}",
-            f"  tiles    {plan.tiles}; one after another in a program: {plan.tiles_per_program}",
-            *(f"  {size:8} {value}" for size, value in dataclasses.asdict(plan.family).items()),
-            f"  program  {plan.num_warps} warps, shared memory {plan.shared >> 10} KB of {card.shared >> 10} KB",
-            *(f"  else     {each.family.name}, {each.tiles}" for each in others),
+            f"  first    {_in_one_line(plan)}",
+            f"  memory   {plan.shared >> 10} of {card.shared >> 10} KB of shared memory",
+            *(f"  else     {each.family.name}, {_in_one_line(each)}" for each in others),
         ]
     return found, "\n".join(lines)
+
+
+def _in_one_line(plan: Any) -> str:
+    """Return the numbers of a plan. Those of its family that are off, such as one part, are left out."""
+    of_family = [f"{size} {value}" for size, value in dataclasses.asdict(plan.family).items() if value > 1]
+    own = ["looks ahead"] * getattr(plan.family, "ahead", False) + of_family
+    in_turn = [f"{plan.tiles_per_program} tiles in turn"] * (plan.tiles_per_program > 1)
+    return ", ".join([plan.tiles, *in_turn, *own, f"{plan.num_warps} warps"])
 
 
 def _explain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -124,7 +124,7 @@ def test_the_doctor_knows_the_build_of_the_driver_mig_mps_and_free_memory(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(cache, "machine", cache.machine.__wrapped__)
-    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: Mock(cuDeviceGetAttribute=attribute))
+    monkeypatch.setattr(doctor, "driver", lambda: Mock(cuDeviceGetAttribute=attribute))
     torch_finds(monkeypatch, is_available=True, device_count=1, mem_get_info=(3 << 29, 80 << 30))
     asked = "driver_version", "mig.mode.current", "compute_mode", "memory.free"
     assert set(asked) < set(printed_by(capsys, "--json")["nvidia-smi"])

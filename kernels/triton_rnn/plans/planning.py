@@ -114,7 +114,8 @@ class Plan:
     @property
     def tiles(self) -> str:
         """How the programs share a layer, in words."""
-        of_head = f"{self.rows} sequences x {self.units} units, {self.programs} programs x {self.groups} groups"
+        shared = [f"{n} {what}{'s' * (n > 1)}" for n, what in ((self.programs, "program"), (self.groups, "group"))]
+        of_head = f"{self.rows} sequences x {self.units} units, {' x '.join(shared)}"
         return of_head if self.heads == 1 else f"{of_head} x {self.heads} heads"
 
     def as_json(self) -> dict[str, Any]:
