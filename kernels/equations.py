@@ -1,4 +1,4 @@
-"""The equations of the cells. Triton compiles them for tiles of float32 numbers, Numba for single numbers.
+"""The equations of the cells. Triton compiles them for tiles, Numba for single numbers. They compute in float32.
 
     LSTM   i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
            c = f * c_prev + i * g                                  m = o * tanh(c), or o * tanh(LN(c))

@@ -29,7 +29,7 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
     i, c0, problem = inputs, inputs.c0, layer.problem
     if layer.multiplies_x and is_product_alone(i):
         i = i._replace(x=aligned(i.x))
-        gates = i.x
+        gates = i.x  # only the loops of a CPU multiply x themselves, and `gates` is memory for results
         if save:  # the activated gates overwrite the tensor
             gates = i.x.clone() if i.weight_ih is None else i.x.new_empty(*i.x.shape[:2], 4 * problem.hidden)
     else:

@@ -1,4 +1,4 @@
-"""Gradients of a layer, to any order: by kernels in eager mode, and for the operator in graphs.
+"""Gradients of a layer, to any order, in eager mode, and for the operator of graphs.
 
 Gradients of first order come from the kernels, or from the operator's backward. The reference computes gradients that
 may be differentiated again, and batches of gradients (`is_grads_batched`). For these it runs the layer again.

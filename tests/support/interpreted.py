@@ -50,7 +50,7 @@ def sum_over_warps(products, rows, sequences, wanted, buffer, WARPS):
     return _tensors((np.where(wanted.handle.data, total[place], np.nan) for place in places), tl.float32)
 
 
-def share(values, sequences, elements, buffer, CHUNKS):
+def to_shared(values, sequences, elements, buffer, CHUNKS):
     shared = np.zeros((8, 64 * CHUNKS), np.uint8).view(FLOATS[values[0].dtype])
     for value, *place in zip(values, itertools.cycle(sequences), elements):
         shared[tuple(t.handle.data for t in place)] = value.handle.data
@@ -117,7 +117,7 @@ def are_missing(words, left, phase, SIZE, STRIDE):
     return absent & (left.handle.data > n // SIZE * STRIDE + n % SIZE)
 
 
-REPLACED = to_tf32, product, sum_over_warps, share, take, of_the_next_thread, publish, look, collect, wait_for
+REPLACED = to_tf32, product, sum_over_warps, to_shared, take, of_the_next_thread, publish, look, collect, wait_for
 for _module in (exchange, fragments, cooperative, resident, held):
     for _function in REPLACED:
         if features.INTERPRETED and hasattr(_module, _function.__name__):

@@ -44,7 +44,7 @@ from ..cell.indexing import Batch
 from ..equations import after_zeros, cell_backward, cell_forward, output, output_backward
 from ..exchange import Wait, Words, collect, in_phase, look, neighbours, pack, publish
 from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
-from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
+from .fragments import SEQUENCES, load_words, product, scale, sum_over_warps, threads
 
 # The cell of each thread. All fields are [THREADS]:
 #   local, place, unit    the number of the cell's unit among the program's units, in the head, and in the layer
@@ -116,8 +116,8 @@ def place_in_row(S: tl.constexpr):
 
 
 @triton.jit
-def load_rows(weights_ptr, first_place, ROWS: tl.constexpr, DTYPE: tl.constexpr, S: tl.constexpr):
-    """Load the program's weights, ROWS rows of PIECES pieces of K words, as load_weights returns them.
+def load_weights(weights_ptr, first_place, ROWS: tl.constexpr, DTYPE: tl.constexpr, S: tl.constexpr):
+    """Load the program's weights, ROWS rows of PIECES pieces of K words, as load_words returns them.
 
     forward     W_hh. Row r is gate r // UNITS of unit r % UNITS.
     backward    W_hh^T of the partner's gates. The rows are the units of all partners.
@@ -133,7 +133,7 @@ def load_rows(weights_ptr, first_place, ROWS: tl.constexpr, DTYPE: tl.constexpr,
             is_row &= row < ROWS
         number = (row // S.UNITS if BY_GATE else tl.program_id(0) % S.PARTNERS) * S.H + indexing.units_at(place, S)
         rows = rows + (tl.where(is_row & (piece >= 0), number * (S.PIECES - S.ZEROS) + piece, -1),)
-    return load_weights(weights_ptr, rows, first, S.K, S.STRIDE, DTYPE, S.CHUNKS)
+    return load_words(weights_ptr, rows, first, S.K, S.STRIDE, DTYPE, S.CHUNKS)
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def cooperative_forward_kernel(
 
     # Load W_hh of the program's units, once.
     first_place = tl.program_id(0) * S.UNITS
-    weights = load_rows(weights_ptr, first_place, S.GATES * S.UNITS, DTYPE, S)
+    weights = load_weights(weights_ptr, first_place, S.GATES * S.UNITS, DTYPE, S)
     owned, words_ptr = cell_of_thread(first_place, S), of_head(words_ptr, S)
     constants = states.load_constants_forward(cell, owned.unit, S)
 
@@ -304,7 +304,7 @@ def cooperative_backward_kernel(
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     # Load W_hh^T of the program's gates for the units of all partners, once.
     partner, first_place = tl.program_id(0) % S.PARTNERS, tl.program_id(0) // S.PARTNERS * (S.PARTNERS * S.UNITS)
-    weights = load_rows(weights_ptr, first_place, S.PARTNERS * S.UNITS, DTYPE, S)
+    weights = load_weights(weights_ptr, first_place, S.PARTNERS * S.UNITS, DTYPE, S)
     owned, sums = cell_of_thread(first_place + partner * S.UNITS, S), sums_of_thread(first_place, S)
     peepholes = states.load_constants(cell.weight_peephole_ptr, owned.unit, S.H)
     words_ptr = of_head(words_ptr, S)

@@ -13,8 +13,9 @@ lane, say which elements of A, B and D a thread has:
 
 Each column of B is a sequence. The four threads with the same `column` share it, and `quarter` numbers the four.
 
-The order of K is free as long as A and B agree. Here a thread has a quad, four neighbouring words (16 bytes), which
-serve two successive products. The four quads of a row are a chunk of K, 16 words.
+The order of K is free as long as A and B agree. Here a thread has a quad, four neighbouring words (16 bytes). The first
+mma.sync takes the first two words of each quad, and the next one the other two. For example, quarter 1 has the words 4
+to 7: the first product takes 4 and 5, the next one 6 and 7. The four quads of a row are a chunk of K, 16 words.
 """
 
 from collections import namedtuple
@@ -38,7 +39,7 @@ def threads(WARPS: tl.constexpr):
 
 
 @triton.jit
-def load_weights(
+def load_words(
     words_ptr,  # [rows, W] int32
     rows,  # tuple of 2 TILES row numbers [THREADS]: two for each tile, for its rows column and column + 8. -1: zeros
     first,  # [THREADS] the first word of the thread's first quad
@@ -49,7 +50,9 @@ def load_weights(
     The chunks of a thread are STRIDE words apart.
     """
     quads, weights = (), ()
-    for n in tl.static_range(len(rows)):  # one load for each word would take Triton many times as long to compile
+    # `look` loads whole quads here. The weights are published by nobody, and nothing is polled. One load for each word
+    # would take Triton many times as long to compile.
+    for n in tl.static_range(len(rows)):
         words = Words(words_ptr + rows[n].to(tl.int64) * W + first, tl.where(rows[n] < 0, 0, W - first))
         quads = quads + (look(words, CHUNKS, 4, STRIDE, neighbours(W)),)
     # Let a and b be the rows column and column + 8 of a tile, and 0 to 3 the words of a thread's quad. The words of a
@@ -72,7 +75,7 @@ def to_tf32(words):
 def product(weights, x, DTYPE: tl.constexpr):
     """Return D = A B, a tuple of 4 TILES [THREADS] float32: two rows of each tile, and two sequences of each row.
 
-    A is `weights`, from load_weights. B is x, a tuple of 4 CHUNKS [THREADS] words.
+    A is `weights`, from load_words. B is x, a tuple of 4 CHUNKS [THREADS] words.
     """
     CHUNKS: tl.constexpr = len(x) // 4
     TILES: tl.constexpr = len(weights) // (8 * CHUNKS)
@@ -109,7 +112,7 @@ def multiply_halves(a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def share(
+def to_shared(
     values,  # tuple of [THREADS]
     sequences, elements,  # tuples of [THREADS]: the sequence of each value, cyclically; its element in that row
     buffer,  # 0 and 1 alternately, so that a call does not overwrite the values of the call before it
@@ -138,7 +141,7 @@ def share(
 def take(shared, FIRST: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr):
     """Load B for COUNT of a row's CHUNKS chunks, from the even chunk FIRST on, as a tuple of 4 COUNT [THREADS] words.
 
-    The row is the sequence in the thread's column. `shared` is from `share`.
+    The row is the sequence in the thread's column. `shared` is from `to_shared`.
     """
     thread = threads(WARPS)
     even = shared + shared_place(thread.column, 16 * thread.quarter, CHUNKS)
@@ -174,7 +177,7 @@ def sum_over_warps(
     products,  # from `product`, where each warp has multiplied different words of K
     rows, sequences,  # tuples of [THREADS]: the elements of the sum that a thread wants, with sequences cyclically
     wanted,  # [THREADS], the same in all threads of a warp: whether the warp wants any. If not, its sums are undefined
-    buffer,  # as for `share`
+    buffer,  # as for `to_shared`
     WARPS: tl.constexpr,
 ):  # fmt: skip
     """Return the wanted elements of the sum of all warps' products, a tuple of [THREADS] float32.
@@ -261,7 +264,7 @@ def summation(count: int, tiles: int, warps: int) -> str:
 
 @constexpr_function
 def sharing(count: int, chunks: int, size: int) -> str:
-    """Return the PTX of `share`. Its operands are the address of the rows, the values, their offsets, and `buffer`."""
+    """Return the PTX of `to_shared`. Its operands are the address of the rows, the values, their offsets, `buffer`."""
     size_of_buffer = 8 * 64 * chunks
     lines = [
         f".shared .align 16 .b8 shared[{2 * size_of_buffer}];", ".reg .b32 at;",

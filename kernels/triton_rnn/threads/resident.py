@@ -5,7 +5,7 @@ A program owns 8 sequences and all hidden units, or the units of one head. The w
     registers of each warp           shared memory, two buffers      registers of each warp
     ------------------------         ---------------------------     -----------------------------------
     h of the warp's own cells --->   h of all units            --->  h of all units, the operand B
-                              share  [8 sequences, D]          take
+                          to_shared  [8 sequences, D]          take
                                      one barrier a step              W_hh of the warp's units, the operand A,
                                                                      loaded once before the first step
                                                                        |  product: A B, sums in registers
@@ -14,6 +14,29 @@ A program owns 8 sequences and all hidden units, or the units of one head. The w
     (loaded while the product runs)                                    |  cell_forward, output
                                                                        v
     memory: h, c, activated gates  <--------------------------------  h and c of the warp's own cells
+
+Without any option, the forward kernel of an LSTM does this:
+
+    W = the rows of W_hh of the warp's units                   stays in registers
+    h, c = h0, c0 of the thread's cells                        stay in registers
+    for step in range(T):
+        z_x = load gates[step]                                 x W_ih^T + b of the thread's cells
+        shared[step % 2] = h, then wait for all warps          to_shared: h of all units
+        z_h = W shared[step % 2]                               take, product
+        i, f, g, o = sigmoid or tanh of z_x + z_h              cell_forward
+        c = f c + i g, h = o tanh(c)
+        store h, c, and i, f, g, o
+
+The backward kernel, with W^T = the columns of W_hh of the warp's units:
+
+    dh, dc = the gradients of h_n and c_n
+    for step in range(T - 1, -1, -1):
+        load i, f, g, o, c, c_prev                             load_step
+        dh = dh + the gradient of the output
+        dz, dc = the gradients that come from dh and dc        output_backward, cell_backward
+        shared[step % 2] = dz, then wait for all warps
+        dh = W^T shared[step % 2]                              product_with_dz
+        store dz
 
 Backward computes the cells of a step first, and then the product W_hh^T dz, which is dh of the step before. So dz takes
 the place of h, and W_hh^T the place of W_hh. The cells need the loads of their step at once, so no product can hide the
@@ -40,7 +63,7 @@ from ..cell import indexing, noise, states
 from ..cell.indexing import Batch, Offsets, Sequences
 from ..equations import after_zeros, cell_backward, cell_forward, output, output_backward
 from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
-from .fragments import SEQUENCES, load_weights, product, share, take, threads
+from .fragments import SEQUENCES, load_words, product, take, threads, to_shared
 
 # The cells of each thread. Every field is a tuple with one entry for each cell: its unit, the unit's place in the head
 # of the program and the sequence's slot, its number in the batch tile, all [THREADS], and its Sequences.
@@ -52,7 +75,7 @@ def cells_of_thread(batch, S: tl.constexpr):
     """Return the Owned cells of each thread."""
     thread = threads(S.WARPS)
     units, places, slots, sequences = (), (), (), ()
-    for n in tl.static_range(S.UNITS // S.WARPS // 4):
+    for n in tl.static_range(S.UNITS // S.WARPS // 4):  # a warp's units times 8 sequences, shared out among 32 lanes
         places = places + (thread.warp * (S.UNITS // S.WARPS) + n // 2 * 8 + thread.column,)
         units = units + (indexing.units_at(places[n], S),)
         slots = slots + (2 * thread.quarter + n % 2,)
@@ -72,8 +95,8 @@ def cells_at_step(step, owned, batch, S: tl.constexpr):
 
 
 @triton.jit
-def load_rows(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
-    """Load the rows of W_hh of the warp's units, as load_weights returns them.
+def load_weights(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
+    """Load the rows of W_hh of the warp's units, as load_words returns them.
 
     Each 8 rows are one gate of 8 units: first all gates of the first 8 units, then all gates of the next 8. A tile has
     16 rows. If the number of rows is not a multiple of 16, the last 8 rows are zeros.
@@ -85,7 +108,7 @@ def load_rows(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
         rows = rows + (tl.where(place < S.D, n % GATES * S.H + unit, -1),)
     if len(rows) % 2 > 0:
         rows = rows + (tl.full((32 * S.WARPS,), -1, tl.int32),)
-    return load_weights(weights_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
+    return load_words(weights_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
 
 
 @triton.jit(repr=name_in_profiles("resident_forward_kernel"), do_not_specialize=["T", "B"])
@@ -100,7 +123,7 @@ def resident_forward_kernel(
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     owned = cells_of_thread(batch, S)
 
-    weights = load_rows(weights_ptr, owned, DTYPE, S)
+    weights = load_weights(weights_ptr, owned, DTYPE, S)
     h, c, rest, constants = (), (), (), ()
     first = cells_at_step(0, owned, batch, S)
     for n in tl.static_range(len(owned.units)):
@@ -123,8 +146,8 @@ def resident_forward_kernel(
             c_prev = tl.where(cells.reset, 0.0, c[n])
             c_before = c_before + (states.reset_to(c_prev, cell.reset_c_ptr, cells),)
 
-        # Product: W_hh h, all gates of the thread's cells.
-        shared = share(operand, owned.slots, owned.places, step % 2, S.CHUNKS)
+        # Product: z_h = W_hh h, the part of z that comes from h, for the thread's cells.
+        shared = to_shared(operand, owned.slots, owned.places, step % 2, S.CHUNKS)
         products = product(weights, take(shared, 0, S.CHUNKS, S.CHUNKS, S.WARPS), DTYPE)
 
         # Gates and cell, then store.
@@ -170,7 +193,7 @@ def load_transposed(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
         rows = rows + (tl.where(owned.places[n] < S.D, owned.units[n], -1),)
     for gate in tl.static_range(GATES):
         gate_ptr = weights_ptr + gate * S.H * S.W
-        quads = load_weights(gate_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
+        quads = load_words(gate_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
         weights = weights + (quads,)
         for n in tl.static_range(len(owned.units)):  # the gates of UNITS units are a row of K
             elements = elements + (gate * S.UNITS + owned.places[n],)
@@ -189,7 +212,7 @@ def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S
     for gate in tl.static_range(4 - GATES, 4):
         for n in tl.static_range(len(dz)):
             operand = operand + (dz[n][gate].to(DTYPE),)
-    shared = share(operand, owned.slots, elements, buffer, GATES * S.CHUNKS)
+    shared = to_shared(operand, owned.slots, elements, buffer, GATES * S.CHUNKS)
     for gate in tl.static_range(GATES):
         words = take(shared, gate * S.CHUNKS, S.CHUNKS, GATES * S.CHUNKS, S.WARPS)
         products = products + (product(weights[gate], words, DTYPE),)
@@ -277,7 +300,7 @@ def resident_backward_kernel(
             dh_stayed, dz = dh_stayed + (stayed,), dz + (dz_n,)
             dc_prev = dc_prev + (noise.add_stayed(d, dc_stayed, cell.zoneout_c_ptr),)
 
-        # Product: dh before the step = W_hh^T dz.
+        # Product: dh before the step = W_hh^T dz. The loop needs none at step 0, and kernels/layer.py computes dh0.
         dh_prev = product_with_dz(weights, dz, elements, owned, back % 2, DTYPE, S)
 
         # Store.

@@ -84,7 +84,7 @@ def held_forward_kernel(
                 constants, share_c, h_kept = load_constants_and_h(h_prev_ptr, hidden, cell, tile, S)
             z_x, c_prev, rest_prev = states.load_cells(c_prev_ptr, cell, tile.cells, B, S)
 
-            # Product: z_h = W_hh h, the four gates of the tile's units [BB, 4 BH].
+            # Product: z_h = W_hh h of the tile's units, four gates [BB, 4 BH].
             z_h = unless_timed_out(product_of_held(held, h_prev, S), poll_limit)
             if S.AHEAD:
                 poll_limit, h_prev = await_h(before, batch_tile + stride, step, poll_limit, S)

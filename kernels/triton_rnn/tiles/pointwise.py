@@ -5,7 +5,7 @@ A step of a plain LSTM is one part, from S.START "z" to S.END "h". In the forwar
 START and the last branch of END. A layer norm of c, or a projection in the loop, divides a step into parts. Each
 launch then computes one part, see by_steps.Part.
 
-c before a step has two sources. At step 0 both are c0:
+At step 0, c before the step is c0. At later steps it is read from one of two tensors:
 
     with c_ptr, for backward     c_ptr [T*B, H], where every step stores its c
     without c_ptr                c_n_ptr [B, H], where every step overwrites the c of the step before

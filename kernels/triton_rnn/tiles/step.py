@@ -44,7 +44,7 @@ def step_forward_kernel(
         h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_ptr)
         c_prev_ptr = tl.where(step == 0, cell.c0_ptr, cell.c_n_ptr)
         for number in range(tl.program_id(0), tl.cdiv(B, S.BLOCK_B) * S.TILES, tl.num_programs(0)):
-            # Load and product: z_h = W_hh h, the four gates of a tile's units [BB, 4 BH], then each [BB, BH].
+            # Load and product: z_h = W_hh h of a tile's units [BB, 4 BH], then of each gate [BB, BH].
             tile = indexing.tile_of(number, step, batch, S)
             at, factors_at = tile.position.row_prev * S.H, tile.sequence.index.to(tl.int64) * S.H
             h_prev = Rows(h_prev_ptr, at, tile.position.continues, hidden.dropout_h_ptr, factors_at)
@@ -58,13 +58,17 @@ def step_forward_kernel(
             states.store_hidden(h, hidden, h_kept, tile.cells)
         if WAITS and step + 1 < T:
             poll_limit = grid_barrier(arrivals, step + 1, poll_limit, step)
-        if not WAITS and S.HEADS > 1:  # the only program of a head waits for its own threads
+        # A launch that does not wait has one step, or heads with one program each, which waits for its own threads.
+        if not WAITS and S.HEADS > 1:
             tl.debug_barrier()
 
 
 @triton.jit
 def product_with_dgates(weight_hh_ptr, dgates_ptr, tile, step, batch, S: tl.constexpr):
-    """Return W_hh^T dgates of the next step, [BB, units]. With PARTS > 1 only the tile's part of K is summed over."""
+    """Return W_hh^T dgates of the next step, [BB, units]. With PARTS > 1 only the tile's part of K is summed over.
+
+    After the last step no state continues, so the product is 0.
+    """
     part = tile.unit_tile % S.PARTS
     after = indexing.position(step + 1, tile.sequence, batch, S.REVERSE)
     dgates_ptr, at = operands.dgates_of_part(dgates_ptr, rows_of_product(after.row), part, S)
