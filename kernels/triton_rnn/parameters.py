@@ -66,7 +66,7 @@ class HiddenPointers(NamedTuple):
 class CellPointers(NamedTuple):
     """Pointers to gates and c, and to the tensors that are read or written with them."""
 
-    gates_ptr: Pointer  # [T*B, 4H] x W_ih^T + b_ih, with b_hh but for a GRU; out with c_ptr: the activated gates
+    gates_ptr: Pointer  # [T*B, 4H] x W_ih^T + b_ih, and b_hh except for a GRU; out with c_ptr: the activated gates
     weight_peephole_ptr: Pointer  # [3H]
     bias_hh_ptr: Pointer  # [GATES H], only for a GRU
     c0_ptr: Pointer  # [KEPT, B, H] float32
