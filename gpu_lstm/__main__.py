@@ -120,12 +120,14 @@ def why_no_cuda() -> str:
 def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """versions, devices, and which backends can run (the default)"""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cuda_devices()))]
-    variables = BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+    ours, numbas = (BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED), ("NUMBA_CACHE_DIR", "NUMBA_CPU_NAME")
+    variables = *ours, *numbas, "OMP_NUM_THREADS", "TRITON_INTERPRET", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
     packages = ["numpy", *(name for b in KERNEL_BACKENDS for name in package_of(b.value).PACKAGES)]
     state: dict[str, Any] = {
         "summary": _summary(devices[:2][-1]),
         "versions": {
-            "gpu_lstm": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "gpu_lstm": __version__, "sources of gpu_lstm": cache.machine(torch.device("cpu"))["gpu_lstm"],
+            "python": platform.python_version(), "torch": torch.__version__,
             **{package: cache.version_of(package) for package in packages},
             "CUDA of torch": torch.version.cuda, "cuDNN of torch": cache.cudnn_version(),
         },

@@ -47,8 +47,14 @@ def folder() -> Path | None:
 
 def folders() -> tuple[Path, ...]:
     """Return the folders from which results are read, in this order."""
-    if (shared := os.environ.get(SHARED)) and not Path(shared).is_dir():
+    shared = os.environ.get(SHARED)
+    if shared and not os.path.isdir(shared):
         warn_once(f"{SHARED} names no folder: {shared}")
+    elif shared and not os.access(shared, os.R_OK | os.X_OK):
+        warn_once(f"{SHARED} names a folder that this user cannot read: {shared}")
+        shared = None
+    elif shared and not any(os.path.isdir(os.path.join(shared, name)) for name in (*KINDS, "compiled")):
+        warn_once(f"{SHARED} names a folder without cached results: {shared}")
     return tuple(Path(path) for path in (shared, folder()) if path)
 
 

@@ -1,5 +1,6 @@
 """The doctor: python -m gpu_lstm."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -93,13 +94,14 @@ def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(spy, capsys, step
 
 
 def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(monkeypatch, capsys):
-    """The doctor shows five environment variables, of ours, Triton and CUDA, which hold no secrets."""
+    """The doctor shows eight environment variables, which hold no secrets."""
     for name in ("AWS_SECRET_ACCESS_KEY", "GPU_LSTM_TOKEN", "TRITON_PASSWORD", "HF_TOKEN"):
         monkeypatch.setenv(name, "a-secret")
     found = printed_by(capsys, "--json")
     assert "a-secret" not in str([found, printed_by(capsys), printed_by(capsys, "races")])
     ours = ["GPU_LSTM_BACKEND", "GPU_LSTM_RACE", "GPU_LSTM_SHARED_CACHE"]
-    assert sorted(found["environment"]) == ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", *ours, "TRITON_INTERPRET"]
+    others = ["NUMBA_CACHE_DIR", "NUMBA_CPU_NAME", "OMP_NUM_THREADS", "TRITON_INTERPRET"]
+    assert sorted(found["environment"]) == ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", *ours, *others]
     assert next(iter(found)) == "summary"
     assert found["versions"]["torch"] == torch.__version__
     devices = {device["device"]: device for device in found["devices"]}
@@ -150,6 +152,22 @@ def test_the_doctor_names_the_backend_that_the_variable_asks_for(monkeypatch, ca
     monkeypatch.setitem(sys.modules, "cupy", None)
     first, *_ = printed_by(capsys)
     assert first.startswith(f"On this machine {said}")
+
+
+@pytest.mark.parametrize(("made", "readable", "said"), [
+    ([], False, "names a folder that this user cannot read"), ([], True, "names a folder without cached results"),
+    (["races"], True, None),
+])  # fmt: skip
+def test_a_shared_folder_that_cannot_serve_is_told_once_and_the_own_one_is_used(
+    nothing_cached, monkeypatch, tmp_path, made, readable, said
+):
+    for name in ("shared", *(f"shared/{name}" for name in made)):
+        (shared := tmp_path / name.partition("/")[0]).joinpath(*name.split("/")[1:]).mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: (readable or str(path) != str(shared)) and access(path, mode))
+    monkeypatch.setenv(cache.SHARED, str(shared))
+    with pytest.warns(UserWarning, match=f"^gpu_lstm: {cache.SHARED} {said}: ") if said else contextlib.nullcontext():
+        assert cache.folders() == ((shared, nothing_cached) if readable else (nothing_cached,))
 
 
 def test_without_a_home_nothing_is_cleared(monkeypatch, capsys, tmp_path):

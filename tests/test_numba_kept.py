@@ -30,6 +30,7 @@ ELSEWHERE = [  # versions and CPUs for which nothing that is kept here counts
     (numba, "__version__", "0.99"), (llvmlite, "__version__", "0.99"),
     (llvmlite.binding, "get_host_cpu_name", lambda: "another"),
     (llvmlite.binding.FeatureMap, "flatten", lambda features: "+sse2"),
+    (numba.config, "CPU_NAME", "generic"), (numba.config, "CPU_FEATURES", "+sse3"),
 ]  # fmt: skip
 
 

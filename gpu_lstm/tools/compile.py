@@ -40,5 +40,8 @@ def loops_for_this_cpu() -> str:
     if (problem := available.import_problem(Backend.NUMBA)) is not None:
         return f"none: backend 'numba' {problem}"
     launch: Any = launcher_of(Backend.NUMBA.value)
-    found = launch.build.kept_in(*launch.LOOPS, launch.MATMUL)
-    return str(found or f"none yet{launch.build.of_others()}")
+    try:
+        found = launch.build.kept_in(*launch.LOOPS, launch.MATMUL)
+        return str(found or f"none yet{launch.build.of_others()}")
+    except OSError as error:
+        return f"none: {error}"

@@ -22,9 +22,11 @@ def made_by() -> cache.Key:
     import llvmlite.binding
     import numba
 
+    cpu, features = numba.config.CPU_NAME, numba.config.CPU_FEATURES  # of NUMBA_CPU_NAME and NUMBA_CPU_FEATURES
     return {
         "numba": numba.__version__, "llvmlite": llvmlite.__version__, "python": platform.python_version(),
-        "cpu": llvmlite.binding.get_host_cpu_name(), "features": llvmlite.binding.get_host_cpu_features().flatten(),
+        "cpu": llvmlite.binding.get_host_cpu_name() if cpu is None else cpu,
+        "features": llvmlite.binding.get_host_cpu_features().flatten() if features is None else features,
     }  # fmt: skip
 
 
