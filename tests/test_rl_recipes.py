@@ -359,7 +359,7 @@ class Counter(gymnasium.Env):
 
 
 LINES = {
-    AutoresetMode.NEXT_STEP: "start, ended = ended, torch.from_numpy(terminated | truncated)",
+    AutoresetMode.NEXT_STEP: "start, filler = filler, torch.from_numpy(terminated | truncated)",
     AutoresetMode.SAME_STEP: "start = torch.from_numpy(terminated | truncated)",
 }
 
@@ -444,7 +444,7 @@ def complete(lasts, steps):
 def test_truncated_episodes_are_bootstrapped_from_the_state_before_the_reset(agent_and_critic):
     """The page's loop for SAME_STEP, with Counters, against episodes that are run alone."""
     agent, theirs, critic = agent_and_critic
-    loop, function = blocks("## Bootstrapping where an episode is truncated")
+    loop, function, _ = blocks("## Bootstrapping where an episode is truncated")
 
     def found(loop):
         names = dict(torch=torch, gymnasium=gymnasium, agent=agent, T=40, N=N, H=H)
@@ -491,6 +491,12 @@ def test_the_value_of_the_last_observation_is_that_of_the_filler_or_of_a_step_be
         start, ended = (ended if is_next else done), done
     rewards, values, terminated, dones, fillers = map(torch.stack, zip(*rows))
     found = names["advantages"](rewards[:T], values, terminated[:T], dones[:T])
+    if is_next:  # the page's own loop finds the same
+        loop = blocks("## Bootstrapping where an episode is truncated")[2].split("\nfound = (")[0]
+        of_page = dict(agent=agent, critic=critic, gymnasium=gymnasium, name="", N=N, H=H, T=T)
+        exec(loop, of_page := names | of_page)
+        close([of_page["found"]], [found])
+        assert torch.equal(of_page["fillers"], fillers[:T])
     assert fillers.any() == is_next
     assert not rewards[fillers].any()
     for n in range(N):
