@@ -534,7 +534,9 @@ def test_sentences_on_speed_have_the_stored_results():
         its = rows[rows["cell"].isin(cell) & rows["N"].between(low, high) & rows["resets"].isin(resets)]
         return "{:.2f} to {:.2f}".format(*its[f"{way}, times as fast"].agg(["min", "max"]))
 
-    at = ppo.set_index(["cell", "N", "H"]).sort_index()
+    at, at_xeon = (rows.set_index(["cell", "N", "H"]).sort_index() for rows in (
+        ppo[ppo["device"] == f"{cpu}, 1 thread"] for cpu in ("AMD EPYC", "Intel(R) Xeon(R) Processor")))  # fmt: skip
+    on = lambda cell, name: "{:.2f} to {:.2f}".format(*at_xeon[name].loc[cell].agg(["min", "max"]))  # noqa: E731
     lstm_8, gru_8 = (at.loc[each] for each in (("LSTM", 8, 128), ("GRU", 8, 128)))
     share = at["rollout, times as fast"].groupby("cell").agg(["min", "max"])
     lstms, grus = ("{:.2f} to {:.2f}".format(*share.loc[cell]) for cell in ("LSTM", "GRU"))
@@ -560,6 +562,9 @@ def test_sentences_on_speed_have_the_stored_results():
     for text, said in (
         (page, f"a rollout is {lstms} times as fast with an LSTM, "),
         (page, f"{grus} times with a GRU. CleanRL"),
+        (page, f"an update is {on('LSTM', 'times as fast')} times as fast with an LSTM, and "
+         f"{on('GRU', 'times as fast')} times with a GRU. A rollout of a GRU is "
+         f"{on('GRU', 'rollout, times as fast')} times as fast."),
         (page, f"128 units would be {of_cleanrl['LSTM']} times as fast with an LSTM, and {of_cleanrl['GRU']} times"),
         (page, "an update is {:.2f} times as fast with an LSTM and {:.2f} times".format(
             *(each["times as fast"] for each in (lstm_8, gru_8)))),

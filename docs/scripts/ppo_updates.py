@@ -84,8 +84,9 @@ def write(page: str, head: str, lines: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    measured, acting = (pd.read_csv(RESULTS / f"{name}.csv") for name in ("ppo", "acting"))
+    measured, acting = (
+        pd.read_csv(RESULTS / f"{name}.csv").query("device == 'AMD EPYC, 1 thread'") for name in ("ppo", "acting")
+    )
     drawn(measured[measured["H"] == HIDDEN]).savefig(PICTURE, dpi=200)
     changed = write(PAGE.read_text(), "| cell, units | environments |", iterations(measured))
-    one_thread = acting[acting["device"] == "AMD EPYC, 1 thread"]
-    PAGE.write_text(write(changed, "| cell, N |", steps(one_thread)))
+    PAGE.write_text(write(changed, "| cell, N |", steps(acting)))
