@@ -155,12 +155,9 @@ def _summary(device: torch.device) -> str:
         return f"On this machine gpu_lstm raises: {error}"
     if chosen is not Backend.AUTO:
         asked_for = f"backend {chosen.value!r}, asked for by the variable {BACKEND_VARIABLE}"
-        why = why_unavailable(chosen, device, torch.float32)
-        return (
-            f"On this machine gpu_lstm runs {asked_for}"
-            if why is None
-            else f"On this machine {asked_for}, raises: {why}"
-        )
+        if (why := why_unavailable(chosen, device, torch.float32)) is not None:
+            return f"On this machine {asked_for}, raises: {why}"
+        return f"On this machine gpu_lstm runs {asked_for}"
     backend, on_cpu = _expected(device), device.type == "cpu"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:

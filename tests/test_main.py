@@ -158,12 +158,11 @@ def test_the_doctor_names_the_backend_that_the_variable_asks_for(monkeypatch, ca
     ([], False, "names a folder that this user cannot read"), ([], True, "names a folder without cached results"),
     (["races"], True, None),
 ])  # fmt: skip
-def test_a_shared_folder_that_cannot_serve_is_told_once_and_the_own_one_is_used(
+def test_a_shared_folder_that_cannot_serve_is_named_and_the_own_one_is_used(
     nothing_cached, monkeypatch, tmp_path, made, readable, said
 ):
-    for name in ("shared", *(f"shared/{name}" for name in made)):
-        (shared := tmp_path / name.partition("/")[0]).joinpath(*name.split("/")[1:]).mkdir()
-    access = os.access
+    shared, access = tmp_path / "shared", os.access
+    shared.joinpath(*made).mkdir(parents=True)
     monkeypatch.setattr(os, "access", lambda path, mode: (readable or str(path) != str(shared)) and access(path, mode))
     monkeypatch.setenv(cache.SHARED, str(shared))
     with pytest.warns(UserWarning, match=f"^gpu_lstm: {cache.SHARED} {said}: ") if said else contextlib.nullcontext():
