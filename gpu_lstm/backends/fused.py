@@ -1,6 +1,6 @@
 """One layer in one direction, forward and backward: the time loop by kernels, the rest by products over all steps."""
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 from ..call.noise import scaled
 from ..call.sequences import Traversal, without_padding
 from ..equations import EQUATIONS
+from ..equations.lstm import normalised
 from ..kernels import heads, layer_norm
 from ..kernels.cells import CELLS
 from ..kernels.layer import Layer, aligned, is_product_alone
 from ..kernels.layer_norm import normed_of
-from ..kernels.problem import Gradients, Inputs, Normed, Problem, Recurrence
+from ..kernels.problem import Gradients, Inputs, Normed, Recurrence
 from .layer_loop import traversal_of
 
 
@@ -64,11 +65,12 @@ class AllSteps:
     Tensors are recomputed only if the `needed` gradients depend on them.
     """
 
-    def __init__(self, problem: Problem, saved: Saved, needed: Set[str]) -> None:
-        i, h = saved.inputs, saved.h
+    def __init__(self, layer: Layer, saved: Saved, needed: Set[str]) -> None:
+        i, h, problem = saved.inputs, saved.h, layer.problem
         self.inputs, self.gates, self.c = i, saved.gates, saved.c
         self.cell, self.hidden, self.heads = CELLS[problem.cell], problem.hidden, problem.heads
         self.equations, self.traversal = EQUATIONS[problem.cell], traversal_of(i, problem.reverse)
+        self.product = layer.launcher.product
         gates_were_dropped = self.gates.dim() < self.c.dim()  # not by numel(), which is 0 for an empty batch, too
         if gates_were_dropped or "weight_hh" in needed or i.gain_hh is not None:
             h = self.traversal.states_before(h, i.h0, i.reset_h)
@@ -81,8 +83,12 @@ class AllSteps:
             constants = i.bias_hh if self.cell.has_constant else i.weight_peephole
             c_prev = None if i.weight_peephole is None else self.c_before()
             self.gates = self.equations.activate_in_place(z, constants, c_prev)
-        self.norm_hh = None if i.gain_hh is None else normed_of(heads.product(h, i.weight_hh), i.gain_hh)
+        self.norm_hh = None if i.gain_hh is None else self.normed_product(h, i.weight_hh, i.gain_hh)
         self.norm_c = None if i.gain_c is None else normed_of(without_padding(self.c_after(), i.lengths), i.gain_c)
+
+    def normed_product(self, x: Tensor, weight: Tensor, gain: Tensor) -> Normed:
+        """Return the tensors that backward reads of LN(x W^T), for x [T, B, K] and W [4H, K]."""
+        return normed_of(self.product(x.flatten(0, 1), weight.T).unflatten(0, x.shape[:2]), gain)
 
     def c_before(self) -> Tensor:
         """Return c before each step, float32 [T, B, H], ordered by time. In padding it has any finite values."""
@@ -104,31 +110,28 @@ def gradients(
     `output_gradients` are the gradients of h, h_n and c_n, where None stands for zeros. The result has the gradients of
     the Inputs that are `needed`, by name.
     """
-    steps, i, (dh, dh_n, dc_n) = AllSteps(layer.problem, saved, needed), saved.inputs, output_gradients
+    steps, i, (dh, dh_n, dc_n) = AllSteps(layer, saved, needed), saved.inputs, output_gradients
     if i.c0.dtype is not torch.float32:
         i = i._replace(c0=i.c0.float())
     r = Recurrence(i, steps.norm_hh, steps.norm_c)
     loop = layer.backward(dh, dh_n, dc_n, steps.gates, saved.c, r, "h0" in needed)
-    return _after_the_loop(steps, loop, needed, layer.launcher.product)
+    return _after_the_loop(steps, loop, needed)
 
 
-def _after_the_loop(
-    steps: AllSteps, loop: Gradients, needed: Set[str], product: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, Tensor | None]:  # fmt: skip
+def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[str, Tensor | None]:
     """Compute the other gradients by products and sums over all steps, and return all gradients by name.
 
     `loop` are the gradients that the time loop returned. In padding dgates are zero, but zero times a NaN is NaN. So
     padding in the other factor is set to zero first.
     """
-    i, cell, hidden = steps.inputs, steps.cell, steps.hidden
+    i, cell, hidden, product = steps.inputs, steps.cell, steps.hidden, steps.product
     d: dict[str, Tensor | None] = {"h0": loop.dh0, "reset_c": loop.dreset_c}
     x = i.x if i.lengths is None else without_padding(i.x, i.lengths)
     dz_x, dz_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)  # gradients of W_ih x and of W_hh h
     if i.gain_ih is not None:
-        z_x = product(x.flatten(0, 1), i.weight_ih.T)  # [T*B, 4H]
-        dz_x, d["gain_ih"] = layer_norm.gradients(dz_x, normed_of(z_x.view_as(dz_x), i.gain_ih))
+        dz_x, d["gain_ih"], _ = layer_norm.gradients(dz_x, steps.normed_product(x, i.weight_ih, i.gain_ih))
     if steps.norm_hh is not None:
-        dz_h, d["gain_hh"] = layer_norm.gradients(dz_h, steps.norm_hh)
+        dz_h, d["gain_hh"], _ = layer_norm.gradients(dz_h, steps.norm_hh)
     if steps.norm_c is not None:
         d["gain_c"], d["bias_c"] = _of_norm_of_c(steps, steps.norm_c, loop.dh_total)
     dz_x_rows = dz_x.flatten(0, 1).T  # [rows H, T*B]
@@ -166,9 +169,8 @@ def _after_the_loop(
 
 def _of_norm_of_c(steps: AllSteps, norm: Normed, dm: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of gain_c and bias_c, [H] each, from dm [T, B, H], where m = o tanh(LN(c))."""
-    unit, bias = (norm.v - norm.mean) * norm.scale, steps.inputs.bias_c
-    normed = unit * norm.gain if bias is None else unit * norm.gain + bias
-    d = dm * steps.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32
-    d = without_padding(d, steps.inputs.lengths)
-    dgain, dbias = [t.sum((0, 1)).to(dm.dtype) for t in (d * unit, d)]
-    return dgain, None if bias is None else dbias
+    i, o = steps.inputs, steps.gates.chunk(4, dim=2)[3]
+    of_tanh = normalised(norm.v, norm.gain, None if i.bias_c is None else i.bias_c.float()).tanh()  # [T, B, H] float32
+    d = torch.ops.aten.tanh_backward(dm.float() * o, of_tanh)
+    _, dgain, dbias = layer_norm.gradients(without_padding(d, i.lengths), norm)
+    return dgain.to(dm.dtype), None if i.bias_c is None else dbias.to(dm.dtype)
